@@ -1,0 +1,1535 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["websockets>=17,<18", "twilio>=9.13,<10"]
+# ///
+"""Talk with OpenAI's Realtime model by telephone. The whole bridge, in the order in which a call happens.
+
+    caller ── telephone ── Twilio ══ WebSocket ══ bridge.py ══ WebSocket ══ OpenAI Realtime
+                             │   POST /twilio/voice   │
+                             └────────────────────────┘
+
+    1 Settings    what a copier changes; each is an environment variable
+    2 The wire    one class per side: text messages in by callback, out without waiting; the webhook's form
+    3 Answer      Twilio asks what to do with a call: prove that it is Twilio, dial the model, answer TwiML
+    4 The call    all that is known of one call, and its life from the webhook to the last close
+    5 The model   dial, set the session up, greet; dial again when it is lost
+    6 Listen      caller to model: Twilio's messages, holes in the audio, keys
+    7 Speak       model to caller: OpenAI's events
+    8 Playback    what the caller has heard; barge-in
+    9 Answering   who asks the model to speak, and when; tools; text from hooks
+   10 The end     hearing the last words out, and what Twilio does afterwards
+   11 Serve       one port, signals, the main program
+
+Both sides speak G.711 mu-law at 8 kHz in base64 (Twilio: audio/x-mulaw, OpenAI: audio/pcmu), so that audio passes
+through as it came. Nothing in a call's relay waits: each message is handled to its end where it arrives, and what it
+causes is written at once. So there are no races to think about inside a call, only the order of messages.
+
+    python bridge.py          the README has the settings, the first call, and what to do when something is wrong
+
+Twilio's messages: https://www.twilio.com/docs/voice/media-streams/websocket-messages
+OpenAI's events:   https://platform.openai.com/docs/api-reference/realtime
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import hmac
+import importlib.util
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import ssl
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
+from xml.sax.saxutils import escape, quoteattr
+
+from twilio.request_validator import (  # type: ignore[import-untyped]
+    RequestValidator,
+    get_signature_algorithm,
+)
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.connection import Connection
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import InvalidHandshake, InvalidStatus
+from websockets.frames import CTRL_OPCODES, Frame
+from websockets.http11 import Request, Response
+from websockets.protocol import State
+
+log = logging.getLogger("bridge")
+
+# ── 1 Settings ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Each is read from the environment variable of its name in capitals; these are the defaults."""
+
+    openai_api_key: str = ""  # sent as "Authorization: Bearer …"
+    twilio_auth_token: str = ""  # checks Twilio's signatures; without it only this computer itself may call
+    public_base_url: str = ""  # e.g. https://my-app.fly.dev; unset: from FLY_APP_NAME, or the local request's own host
+    port: int = 8080
+    host: str = ""  # all interfaces
+    openai_realtime_url: str = "wss://api.openai.com/v1/realtime"  # or any server of the same protocol
+    openai_realtime_model: str = "gpt-realtime-2.1"  # added to the URL's query unless that names one
+    instructions: str = (
+        "あなたは電話に出るAIアシスタントの鈴木です。いつも日本語で、電話で話すように、短い文で一度に一つか二つだけ話します。"
+        "箇条書きや記号は使いません。事実、数字、出典を決して作らず、使える道具があれば調べ、"
+        "調べられないことは「わかりません」と正直に言います。聞き取れなければ聞き返します。"
+    )
+    greeting: str = "こんにちは、AIアシスタントの鈴木です。どうぞお話しください。"  # empty: the caller speaks first
+    voice: str = "marin"  # marin and cedar are the ones that OpenAI recommends
+    transcription_model: str = "gpt-transcribe"  # of the caller's words, for the hooks; empty: none
+    session: Mapping[str, Any] = field(default_factory=dict)  # merge patch (RFC 7396) over session.update's session
+    max_calls: int = 100  # further callers hear a busy message
+    max_call_seconds: float = 3600.0  # an OpenAI session ends after 60 minutes, too
+    drain_seconds: float = 240.0  # how long SIGTERM waits for calls to end by themselves
+    hooks: str | None = None  # comma-separated names; None: every file in hooks/
+
+
+MAY_BE_EMPTY = {"greeting", "transcription_model", "hooks"}  # an empty value is a choice there, and "unset" elsewhere
+RANGES = {
+    "port": (1, 65535),
+    "max_calls": (1, 100_000),
+    "max_call_seconds": (0.1, 86_400),
+    "drain_seconds": (0, 86_400),
+}
+
+
+def read_settings(env: Mapping[str, str]) -> Settings:
+    """The settings in an environment. Raises ValueError: one line that names variable, fault and mend."""
+    chosen: dict[str, Any] = {}
+    for setting in fields(Settings):
+        name = setting.name.upper()
+        value = env.get(name)
+        if value is None or (not value.strip() and setting.name not in MAY_BE_EMPTY):
+            continue
+        if setting.name in RANGES:
+            low, high = RANGES[setting.name]
+            try:
+                number = int(value) if setting.type == "int" else float(value)
+            except ValueError:
+                raise ValueError(f"{name} is {value!r}, which is not a number: give one from {low} to {high}") from None
+            if not low <= number <= high:
+                raise ValueError(f"{name} is {value!r}, out of range: give a number from {low} to {high}")
+            chosen[setting.name] = number
+        elif setting.name == "session":
+            try:
+                chosen["session"] = json.loads(value)
+            except ValueError as fault:
+                raise ValueError(f"SESSION is not JSON ({fault}): give an object such as {{}}") from None
+            if not isinstance(chosen["session"], dict):
+                raise ValueError("SESSION is JSON but not an object: give one such as {}")
+        else:
+            chosen[setting.name] = value.strip()
+    if not chosen.get("public_base_url") and env.get("FLY_APP_NAME"):
+        chosen["public_base_url"] = f"https://{env['FLY_APP_NAME']}.fly.dev"
+    if base := chosen.get("public_base_url"):
+        if not re.fullmatch(r"https://[^/?#@\s]+(/[^?#\s]*)?", base):
+            raise ValueError(
+                f"PUBLIC_BASE_URL is {base!r}: give an address such as https://my-app.fly.dev (https, no query)"
+            )
+        chosen["public_base_url"] = base.rstrip("/")
+    settings = Settings(**chosen)
+    if not re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", settings.openai_realtime_url):
+        raise ValueError(
+            f"OPENAI_REALTIME_URL is {settings.openai_realtime_url!r}: give one that begins with wss:// (or ws://)"
+        )
+    audio = session_update(settings, []).get("audio") or {}
+    for way in ("input", "output"):
+        audio_format = ((audio.get(way) or {}).get("format") or {}) if isinstance(audio, dict) else {}
+        if audio_format != {"type": "audio/pcmu"}:
+            raise ValueError(
+                f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
+            )
+    if not settings.openai_api_key and "openai_realtime_url" not in chosen:
+        raise ValueError("OPENAI_API_KEY is not set: set it to your key from https://platform.openai.com/api-keys")
+    return settings
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7396: objects are merged key by key, null removes a key, anything else replaces."""
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(target) if isinstance(target, Mapping) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def session_update(settings: Settings, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """The `session` object of session.update, GA form: anything unknown in it, and the server refuses all of it."""
+    pcmu = {"type": "audio/pcmu"}  # 8 kHz by definition: a `rate` key is an unknown parameter
+    session: dict[str, Any] = {
+        "type": "realtime",
+        "output_modalities": ["audio"],  # or a model may answer with text that nobody hears
+        "instructions": settings.instructions,
+        "audio": {
+            "input": {
+                "format": pcmu,
+                # The documented default of silence_duration_ms and the observed one differ: say all of it.
+                "turn_detection": {
+                    "type": "server_vad",
+                    "threshold": 0.5,
+                    "prefix_padding_ms": 300,
+                    "silence_duration_ms": 500,
+                    "create_response": True,
+                    "interrupt_response": True,
+                },
+            },
+            "output": {"format": pcmu, "voice": settings.voice},
+        },
+    }
+    if settings.transcription_model:
+        session["audio"]["input"]["transcription"] = {"model": settings.transcription_model}
+    if settings.openai_realtime_model.startswith("gpt-realtime-2"):  # the models that reason; others refuse the key
+        session["reasoning"] = {"effort": "low"}
+    if tools:
+        session |= {"tools": tools, "tool_choice": "auto"}
+    return dict(merge_patch(session, settings.session))
+
+
+# ── 2 The wire ──────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The plain way to relay is `async for message in one: await other.send(message)`. It costs a task wake-up, a queue and
+# a lock per 20 ms frame. Here a message is handled where websockets delivers it, and written without waiting; what a
+# slow reader leaves unread stands in the transport's buffer, whose size is checked at each write.
+
+MAX_UNSENT = {"twilio": 2 << 20, "openai": 512 << 10}  # bytes: 3 minutes of the model's speech, 45 s of the caller's
+
+
+class Leg(Connection):
+    """One side of a call: each text message goes to `deliver` as it comes; `send_now` writes without waiting."""
+
+    side = ""  # "twilio" or "openai"
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.deliver: Callable[[bytes], object] | None = None
+        self.early: list[bytes] = []  # messages from the instant between handshake and handler
+        self.parts: list[bytes] = []  # of a message that comes in several frames; max_size bounds their sum
+        self.stalled = False  # the peer has stopped reading, and MAX_UNSENT was reached
+
+    def deliver_to(self, act: Callable[[bytes], object]) -> None:
+        """From now on each message goes to `act`; those that have come already go first."""
+        self.deliver = act
+        early, self.early = self.early, []
+        for message in early:
+            act(message)
+
+    def process_event(self, event: Any) -> None:
+        """websockets has received a frame; or the handshake, or a ping's answer, which are its own business."""
+        if not isinstance(event, Frame) or event.opcode in CTRL_OPCODES:
+            return super().process_event(event)
+        message = bytes(event.data)
+        if self.parts or not event.fin:
+            self.parts.append(message)
+            if not event.fin:
+                return None
+            message, self.parts = b"".join(self.parts), []
+        if self.deliver is None:
+            return self.early.append(message)
+        try:
+            self.deliver(message)
+        except Exception:  # the message is not what the protocol says, or we are wrong: the call goes on without it
+            log.exception("a message of %s could not be handled: %.300r", self.side, message)
+        return None
+
+    def send_now(self, *messages: bytes) -> None:
+        """Send text frames (both sides refuse binary ones) in one write; like `send`, without its wait."""
+        if self.state is not State.OPEN or self.stalled:
+            return
+        for message in messages:
+            self.protocol.send_text(message)
+        self.transport.write(b"".join(self.protocol.data_to_send()))
+        if self.transport.get_write_buffer_size() > MAX_UNSENT[self.side]:
+            self.stalled = True
+            log.error("%s has stopped reading: %d bytes unsent; its side is ended", self.side, MAX_UNSENT[self.side])
+            self.transport.abort()
+
+    async def hang_up(self, code: int = 1000, reason: str = "") -> None:
+        """Close politely; a peer that does not answer within a second is cut off."""
+        try:
+            async with asyncio.timeout(1):
+                await self.close(code, reason)
+        except TimeoutError:
+            self.transport.abort()
+
+
+class OpenAILeg(Leg, ClientConnection):
+    side = "openai"
+
+
+FORM_LIMIT = 64 << 10  # bytes of a webhook's body; Twilio's are about 1 KB
+FORM_TIMEOUT_S = 5.0  # a body that has not come by then is answered 408
+HEAD_LIMIT = 16 << 10  # beyond it websockets' own limits answer (431)
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
+
+
+class TwilioLeg(Leg, ServerConnection):
+    """Twilio's side: a webhook's POST, or the media stream.
+
+    websockets parses requests without a body only, and a webhook's POST always has one. So the bytes of a request are
+    kept until its head is complete; a body is taken off; websockets gets the head without the headers that announce it.
+    `process_request` then finds the body in `form_body`, or a status to refuse with in `refusal`.
+    """
+
+    side = "twilio"
+    unread: bytes | None = b""  # the request so far; None once it has been handed on
+    form_body = b""
+    refusal: tuple[int, str] | None = None
+    continued = False  # "100 Continue" has been sent
+    late: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self.unread is None:
+            super().data_received(data)
+            return
+        if self.late is None:
+            self.late = self.loop.call_later(
+                FORM_TIMEOUT_S, self.hand_on, b"", (408, "the request did not come to its end")
+            )
+        self.unread += data
+        head, blank_line, rest = self.unread.partition(b"\r\n\r\n")
+        if len(head) > HEAD_LIMIT:
+            self.hand_on(self.unread)
+        elif blank_line:
+            self.read_request(head, rest)
+
+    def read_request(self, head: bytes, rest: bytes) -> None:
+        """The head is complete: hand the request on when its body is, too."""
+        request_line, *lines = head.split(b"\r\n")
+        headers = [HEADER_LINE.fullmatch(line) for line in lines]
+        if not re.fullmatch(rb"[A-Z]+ [!-~]+ HTTP/1\.[01]", request_line) or None in headers:
+            return self.hand_on(b"", (400, "that is not a well-formed HTTP request"))
+
+        def values(name: bytes) -> set[bytes]:
+            return {header[2] for header in headers if header and header[1].lower() == name}
+
+        lengths = values(b"content-length")
+        if values(b"transfer-encoding"):
+            return self.hand_on(b"", (411, "send a Content-Length instead of a Transfer-Encoding"))
+        if len(lengths) > 1 or not all(re.fullmatch(rb"\d{1,18}", length) for length in lengths):
+            return self.hand_on(b"", (400, "Content-Length is not one number"))
+        length = int(lengths.pop()) if lengths else 0
+        if length > FORM_LIMIT:
+            return self.hand_on(b"", (413, f"the body may have {FORM_LIMIT} bytes"))
+        if len(rest) < length:
+            if (expected := values(b"expect")) and not self.continued and request_line.endswith(b"1.1"):
+                if {value.lower() for value in expected} != {b"100-continue"}:
+                    return self.hand_on(b"", (417, "only 100-continue can be expected"))
+                self.continued = True
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return None  # more is to come
+        self.form_body = rest[:length]
+        kept = [h[0] for h in headers if h and h[1].lower() not in (b"content-length", b"expect")]
+        upgrade = b"" if length or not values(b"upgrade") else rest  # a stream's first frames; else nothing may follow
+        return self.hand_on(b"\r\n".join([request_line, *kept]) + b"\r\n\r\n" + upgrade)
+
+    def hand_on(self, request: bytes, refusal: tuple[int, str] | None = None) -> None:
+        """Give websockets the request; one that it could not parse is replaced, and refused by process_request."""
+        self.refusal, self.unread = refusal, None
+        if self.late is not None:
+            self.late.cancel()
+        super().data_received(b"GET / HTTP/1.1\r\n\r\n" if refusal else request)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.late is not None:
+            self.late.cancel()
+        super().connection_lost(exc)
+
+
+# ── 3 Answer ────────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Who may call. Twilio signs the webhook and the stream's handshake with the account's auth token over the public URL.
+# The handshake's signature is the same for every call, so the stream also has to bring back a token from the TwiML,
+# which is good for one stream of one CallSid for a minute. Until that has been seen nothing is dialled or spent for it.
+
+TOKEN_S = 60  # Twilio opens the stream 0.5 to 1 s after the webhook
+START_TIMEOUT_S = 5.0  # a stream without a valid `start` by then is closed
+UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
+REMEMBERED = 10_000  # ended calls whose /twilio/next may still come, and used tokens
+
+FORWARDING = re.compile(r"forwarded|via|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip", re.IGNORECASE)
+
+BUSY = "ただいま電話が込み合っております。恐れ入りますが、しばらくしてからおかけ直しください。"
+RESTARTING = "ただいまシステムを入れ替えております。恐れ入りますが、もう一度おかけ直しください。"
+APOLOGY = "申し訳ございません。システムの都合により、お話を続けることができません。恐れ入りますが、おかけ直しください。"
+TIME_IS_UP = "お話の途中ですが、お時間となりました。お電話ありがとうございました。"
+
+
+def twiml(*verbs: str) -> str:
+    return f'<?xml version="1.0" encoding="UTF-8"?><Response>{"".join(verbs)}</Response>'
+
+
+def say_and_hang_up(text: str) -> str:
+    return twiml(f'<Say language="ja-JP">{escape(text)}</Say>' if text else "", "<Hangup/>")
+
+
+def header(request: Request, name: str) -> str:
+    """A header's value; "" when it is missing or, which nobody honest does with ours, repeated."""
+    values = request.headers.get_all(name)
+    return values[0] if len(values) == 1 else ""
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+class Form(dict[str, list[str]]):
+    """A webhook's pairs, as the twilio package's validator wants them: names may repeat."""
+
+    getlist = dict[str, list[str]].__getitem__
+
+    def first(self, name: str) -> str:
+        return self.get(name, [""])[0][:200]
+
+
+class Bridge:
+    """What the calls of this process share: the settings, the hooks, and each other's number."""
+
+    def __init__(self, settings: Settings, hooks: Any) -> None:
+        self.settings = settings
+        self.hooks = hooks
+        self.calls: dict[str, Call] = {}  # by CallSid: from the webhook to the last close
+        self.next_twiml: dict[str, str] = {}  # by CallSid: what /twilio/next answers
+        self.not_yet_asked: set[str] = set()  # CallSids whose stream we have closed; Twilio will ask /twilio/next
+        self.used_tokens: dict[str, float] = {}  # token -> monotonic time of use
+        self.draining = False
+        self.peak_calls = 0
+        self.secret = (settings.twilio_auth_token or secrets.token_hex()).encode()
+        self.started_at = time.monotonic()
+        scheme, _, rest = settings.openai_realtime_url.partition("://")
+        named = dict(parse_qsl(urlsplit(settings.openai_realtime_url).query)).get("model")
+        self.model = named or settings.openai_realtime_model
+        query = "" if named else ("&" if "?" in rest else "?") + urlencode({"model": self.model})
+        self.openai_url = settings.openai_realtime_url + query
+        self.openai_headers = {"Authorization": f"Bearer {settings.openai_api_key}"} if settings.openai_api_key else {}
+        # One for all calls: it holds the certificates of the world's authorities.
+        self.tls = ssl.create_default_context() if scheme == "wss" else None
+
+    def answer(self, connection: ServerConnection, request: Request) -> Any:
+        """Every HTTP request comes here (websockets' process_request). None lets the stream's upgrade go on."""
+        assert isinstance(connection, TwilioLeg)
+        response = self.route(connection, request)
+        if request.method == "HEAD" and isinstance(response, Response):
+            response.body = b""  # its Content-Length stays: that is what HEAD asks for
+        return response
+
+    def route(self, connection: TwilioLeg, request: Request) -> Any:
+        if connection.refusal:
+            return connection.respond(connection.refusal[0], connection.refusal[1] + "\n")
+        path, _, query = request.path.partition("?")
+        methods = {
+            "/": ("GET", "HEAD"),
+            "/health": ("GET", "HEAD"),
+            "/twilio/voice": ("POST", "GET"),
+            "/twilio/stream": ("GET",),
+            "/twilio/next": ("POST", "GET"),
+        }
+        pages = self.hooks.pages
+        if path not in methods and path not in pages:
+            return connection.respond(
+                404, f"nothing is here; Twilio's webhook is POST {self.settings.public_base_url}/twilio/voice\n"
+            )
+        allowed = methods.get(path, ("GET", "HEAD"))
+        if request.method not in allowed:
+            response = connection.respond(405, f"{path} takes {' and '.join(allowed)}\n")
+            response.headers["Allow"] = ", ".join(allowed)
+            return response
+        if path == "/health":
+            return self.reply(connection, json.dumps(self.health()), "application/json", 503 if self.draining else 200)
+        if not path.startswith("/twilio/"):
+            if path in pages and not self.why_not_here(connection, request):
+                return pages[path](connection, request)
+            return connection.respond(
+                200 if path == "/" else 403, "This is a telephone. Its pages are for the computer it runs on.\n"
+            )
+        text = (connection.form_body if request.method == "POST" else b"").decode("utf-8", "replace")
+        form = Form(parse_qs(text, keep_blank_values=True))
+        if why := self.why_refused(connection, request, form):
+            log.warning("403 for %s %s from %s: %s", request.method, path, (connection.remote_address or "?")[0], why)
+            return connection.respond(
+                403, "403: this request could not be verified; the bridge's log says what to set\n"
+            )
+        if path == "/twilio/stream":
+            return None
+        if request.method == "GET":
+            form = Form(parse_qs(query, keep_blank_values=True))
+        answer = (
+            self.answer_call(form, self.base_url(request))
+            if path == "/twilio/voice"
+            else self.after_call(form.first("CallSid"))
+        )
+        return self.reply(connection, answer, "text/xml; charset=utf-8")
+
+    @staticmethod
+    def reply(connection: ServerConnection, text: str, content_type: str, status: int = 200) -> Response:
+        response = connection.respond(status, text)
+        del response.headers["Content-Type"]  # assigning would add a second one
+        response.headers["Content-Type"] = content_type
+        return response
+
+    def health(self) -> dict[str, Any]:
+        talking = sum(1 for call in self.calls.values() if call.stream_sid)
+        return {
+            "status": "draining" if self.draining else "ok",
+            "calls": talking,  # with an open stream
+            "waiting": len(self.calls) - talking,  # answered, and the stream not yet open
+            "peak_calls": self.peak_calls,
+            "max_calls": self.settings.max_calls,
+            "uptime_s": round(time.monotonic() - self.started_at),
+        }
+
+    def base_url(self, request: Request) -> str:
+        """Where Twilio reaches this server: from configuration, for what a proxy puts into headers proves nothing."""
+        return self.settings.public_base_url or f"https://{header(request, 'Host')}"
+
+    def why_not_here(self, connection: ServerConnection, request: Request) -> str:
+        """Why a request does not come from this computer itself; "" when it does."""
+        if not is_loopback((connection.remote_address or ("?",))[0]):
+            return "it comes from another computer"
+        if forwarded := [name for name in request.headers if FORWARDING.fullmatch(name)]:
+            return f"it came through a proxy or tunnel ({forwarded[0]})"
+        if (origin := header(request, "Origin")) and not is_loopback(urlsplit(origin).hostname or ""):
+            return "a page of another site sent it"  # one whose name was made to point here: DNS rebinding
+        return ""
+
+    def why_refused(self, connection: ServerConnection, request: Request, form: Form) -> str:
+        """Why a request to /twilio/* is not let in; "" when it is."""
+        origin, host = header(request, "Origin"), header(request, "Host")
+        if origin and urlsplit(origin).netloc != host:
+            return f"a page of {origin[:100]} sent it, and this is {host[:100]}"
+        elsewhere = self.why_not_here(connection, request)
+        if not self.settings.twilio_auth_token:
+            return (
+                elsewhere
+                and f"{elsewhere}, and TWILIO_AUTH_TOKEN is not set: set it, and PUBLIC_BASE_URL, to take calls"
+            )
+        if elsewhere and not self.settings.public_base_url:
+            return "PUBLIC_BASE_URL is not set: set it to the https address that Twilio calls"
+        signature = header(request, "X-Twilio-Signature")
+        if not signature:
+            return "it has no X-Twilio-Signature: Twilio signs what it sends, others may not call"
+        url = self.base_url(request) + request.path
+        schemes = ("wss", "ws") if request.path.startswith("/twilio/stream") else ("https", "http")
+        name = urlsplit(url)
+        without_port = name.netloc.rpartition(":")[0] if name.port else name.netloc
+        validator = RequestValidator(self.settings.twilio_auth_token)
+        algorithm = get_signature_algorithm(header(request, "X-Twilio-Webhooks-Signature-Settings"))
+        # The package's own validate() would look for wss signatures at port 80, so the ports are tried here.
+        for scheme in schemes[:1] if self.settings.public_base_url else schemes:
+            for netloc in {name.netloc, without_port, f"{without_port}:443"}:
+                signed = name._replace(scheme=scheme, netloc=netloc).geturl()
+                try:
+                    expected = validator.compute_signature(signed, form, algorithm)
+                except ValueError:
+                    return f"it is signed with {algorithm[:40]!r}, which the installed twilio package does not know: update it"
+                if hmac.compare_digest(expected.encode(), signature.encode()):
+                    return ""
+        return (
+            f"its signature is not that of {schemes[0]}://{name.netloc}{name.path}: TWILIO_AUTH_TOKEN must be the account's "
+            "primary token, and PUBLIC_BASE_URL the address in the number's Console page, to the letter"
+        )
+
+    def answer_call(self, form: Form, base: str) -> str:
+        """TwiML for a new call: open the stream, and afterwards ask /twilio/next. The model is dialled now."""
+        sid = form.first("CallSid")
+        call = self.calls.get(sid)  # Twilio may deliver a webhook twice
+        if call is None and self.draining:
+            return say_and_hang_up(RESTARTING)
+        if call is None and len(self.calls) >= self.settings.max_calls:
+            log.warning("busy: %d calls, and MAX_CALLS is %d", len(self.calls), self.settings.max_calls)
+            return say_and_hang_up(BUSY)
+        if call is None and sid:
+            call = Call(self, sid, form.first("From"), form.first("To"))
+            self.keep(call)
+        token = call.token if call else self.new_token(sid)
+        parameters = {"token": token, "from": form.first("From"), "to": form.first("To")}
+        stream = (
+            "wss://" + base.partition("://")[2] + "/twilio/stream"
+        )  # query strings do not survive: <Parameter> does
+        return twiml(
+            f"<Connect><Stream url={quoteattr(stream)}>",
+            *(f"<Parameter name={quoteattr(name)} value={quoteattr(value)}/>" for name, value in parameters.items()),
+            f'</Stream></Connect><Redirect method="POST">{escape(base)}/twilio/next</Redirect>',
+        )
+
+    def after_call(self, sid: str) -> str:
+        """TwiML for when the bridge has closed the stream."""
+        self.not_yet_asked.discard(sid)
+        return self.next_twiml.get(sid) or say_and_hang_up("")
+
+    def new_token(self, sid: str) -> str:
+        expiry = int(time.time()) + TOKEN_S
+        return f"{expiry}.{self.token_mac(sid, expiry)}"
+
+    def token_mac(self, sid: str, expiry: int) -> str:
+        return hmac.digest(self.secret, f"stream {sid} {expiry}".encode(), "sha256").hex()
+
+    def token_is_good(self, token: str, sid: str) -> bool:
+        """Made by this bridge (or another machine of it) for this CallSid, not expired, and not used before."""
+        expiry = re.match(r"(\d{1,12})\.", token)
+        if not expiry or token in self.used_tokens or int(expiry[1]) < time.time():
+            return False
+        if not hmac.compare_digest(f"{expiry[0]}{self.token_mac(sid, int(expiry[1]))}".encode(), token.encode()):
+            return False
+        forget_oldest(self.used_tokens)[token] = time.monotonic()
+        return True
+
+    def keep(self, call: Call) -> None:
+        self.calls[call.sid] = call
+        call.life = asyncio.get_running_loop().create_task(call.live())
+
+    async def take_stream(self, twilio: ServerConnection) -> None:
+        """A stream whose handshake was let in (websockets' handler): wait for its `start`, then for the call's end."""
+        assert isinstance(twilio, TwilioLeg)
+        started: asyncio.Future[Call | None] = asyncio.get_running_loop().create_future()
+        closed = asyncio.ensure_future(twilio.wait_closed())
+        twilio.deliver_to(functools.partial(self.start_stream, twilio, started))
+        await asyncio.wait([started, closed], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        call = started.result() if started.done() else None
+        if call is not None and call.life is not None:
+            await asyncio.wait([call.life, closed], return_when=asyncio.FIRST_COMPLETED)
+            call.end("caller hung up" if twilio.close_code in (1000, 1001, 1005) else "twilio lost")
+            await asyncio.wait({call.life})
+        elif not started.done():
+            started.cancel()
+            log.warning("a stream was closed: it sent no start within %g s", START_TIMEOUT_S)
+        await twilio.hang_up(1000 if call else 1008)
+        closed.cancel()
+
+    def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Call | None], message: bytes) -> None:
+        """Twilio's first messages: `connected`, then `start`, which must bring the token."""
+        if started.done():
+            return
+        try:
+            event = json.loads(message)
+            if event["event"] != "start":
+                return
+            start = event["start"]
+            sid, stream_sid, given = (
+                str(start["callSid"]),
+                str(start["streamSid"]),
+                dict(start.get("customParameters") or {}),
+            )
+        except (ValueError, KeyError, TypeError) as fault:
+            log.warning("a stream was refused: its start is not as Twilio sends it (%r)", fault)
+            return started.set_result(None)
+        call = self.calls.get(sid)
+        if not self.token_is_good(str(given.get("token", "")), sid) or (call and call.stream_sid):
+            log.warning("a stream was refused: it brought no valid token for call %s", sid[:40])
+            return started.set_result(None)
+        if call is None and (self.draining or len(self.calls) >= self.settings.max_calls):
+            self.ended_by_us(sid, say_and_hang_up(RESTARTING if self.draining else BUSY))
+            return started.set_result(None)
+        if call is None:  # another machine answered the webhook; the model is dialled from here
+            call = Call(self, sid, str(given.get("from", "")), str(given.get("to", "")))
+            self.keep(call)
+        started.set_result(call)
+        call.open_stream(twilio, stream_sid)
+        self.peak_calls = max(self.peak_calls, sum(1 for c in self.calls.values() if c.stream_sid))
+
+    def ended_by_us(self, sid: str, next_twiml: str) -> None:
+        forget_oldest(self.next_twiml)[sid] = next_twiml
+        self.not_yet_asked.add(sid)
+
+
+def forget_oldest(memory: dict[str, Any]) -> dict[str, Any]:
+    while len(memory) >= REMEMBERED:
+        del memory[next(iter(memory))]
+    return memory
+
+
+# ── 4 The call ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class Item:
+    """Something the model says: one audio item of a response. A response may hold several."""
+
+    id: str
+    content_index: int
+    response_id: str
+    session: int  # the number of the session that it belongs to: a later one does not know it
+    begins: int  # position of its first byte in the call's playback; see section 8
+    ends: int  # position behind the last byte that Twilio was given
+    made: int = 0  # bytes that OpenAI sent, those included that were dropped at a barge-in
+    text: str = ""  # its transcript so far
+    complete: bool = False  # OpenAI will send no more of it
+    heard_ms: int | None = None  # where a barge-in cut it
+
+
+@dataclass(slots=True)
+class Ending:
+    """The bridge means to end the call as soon as what was said last has been heard."""
+
+    reason: str
+    next_twiml: str
+    can_be_called_off: bool  # by a caller who goes on talking
+
+
+class Call:
+    """One call: what Twilio has and what OpenAI has. Made at the webhook, or at a `start` that came to another machine."""
+
+    def __init__(self, bridge: Bridge, sid: str, caller: str, called: str) -> None:
+        self.bridge = bridge
+        self.loop = asyncio.get_running_loop()
+        self.sid = sid  # "CA…"
+        self.caller = caller  # "+81…", but also "anonymous" or a SIP address
+        self.called = called
+        self.notes: dict[str, Any] = {}  # for hooks and tools; the bridge does not look at it
+        self.token = bridge.new_token(sid)  # what the stream must bring
+        self.life: asyncio.Task[None] | None = None  # the task of `live`
+        self.over: asyncio.Future[str] = self.loop.create_future()  # the reason, once the call is to end
+        self.tasks: set[asyncio.Task[Any]] = set()  # whatever runs for this call, and ends with it
+        # Whatever is to happen later, and not after the end.
+        self.timers = {"unclaimed": self.loop.call_later(UNCLAIMED_S, self.end, "no stream came")}
+
+        self.twilio: TwilioLeg | None = None  # None until the stream opens
+        self.stream_sid = ""  # "MZ…"; every message to Twilio carries it
+        self.early_events: list[tuple[str, float, dict[str, Any]]] = []  # for hooks, from before the stream
+        self.early_speech: list[tuple[str, str, int, str]] = []  # the greeting's deltas, from before the stream
+
+        self.openai: OpenAILeg | None = None  # None while dialling
+        self.session = 0  # number of sessions dialled
+        self.granted: asyncio.Future[str] | None = (
+            None  # "" once OpenAI has accepted our session.update, or its refusal
+        )
+        self.ready = False  # … and audio may flow
+        self.transcribe = True  # False once OpenAI has refused that part of the session
+        self.server_interrupts = True  # OpenAI cancels a response by itself when the caller speaks over it
+        self.history: dict[str, tuple[str, str]] = {}  # item id -> (role, text), in the order of the conversation
+
+        self.ears: deque[bytes] = deque()  # the caller's audio (base64) that a new session would need; see section 6
+        self.ears_ms = 0.0  # its length
+        self.ears_dropped_ms = 0.0  # what never reached the model because no session was ready for 30 s
+        self.call_ms = -1.0  # time of the call up to which the model has been given audio, by Twilio's timestamps
+        self.frame_at = 0.0  # when the last frame came (loop time, s)
+        self.caller_speaking = False  # between speech_started and speech_stopped
+        self.caller_was_speaking = False  # … when the session was lost
+
+        self.items: dict[str, Item] = {}  # what the model says and has not been settled, by item id, in order
+        self.marks: deque[tuple[str, int]] = deque()  # marks that Twilio has not returned: (name, position)
+        self.sent = 0  # bytes of speech given to Twilio since the call began, 8 to the ms
+        self.played = 0  # up to which of them Twilio says it has played …
+        self.played_at = 0.0  # … and when it said so (loop time, s)
+
+        self.response_id = ""  # the response in progress
+        self.cut: set[str] = set()  # responses whose remaining audio is dropped, until their response.done
+        self.asking = b""  # the response.create that OpenAI has not yet confirmed
+        self.wanted = b""  # the response.create to send as soon as it may be
+        self.asked = CREATE_RESPONSE  # what began the response in progress: asked again if it fails
+        self.answer_due = False  # the caller has finished a turn that has not been answered
+        self.spoke = False  # the response in progress has sounded
+        self.greeted = not bridge.settings.greeting
+        self.failures = 0  # responses that failed in a row
+        self.function_calls: list[dict[str, Any]] = []  # of the response in progress
+        self.ending: Ending | None = None
+
+    def emit(self, event: str, at: float | None = None, **facts: Any) -> None:
+        """Tell the hooks. What happens before the stream is open is told after call_started, with its own time."""
+        at = time.monotonic() if at is None else at
+        if self.stream_sid:
+            self.bridge.hooks.emit(event, self, at, facts)
+        else:
+            self.early_events.append((event, at, facts))
+
+    def note(self, level: int, text: str, *values: Any) -> None:
+        log.log(level, "%s " + text, self.sid, *values)
+
+    async def live(self) -> None:
+        """The call from the webhook to the last close; either side's end, or `end`, is the other's end."""
+        dialling = self.loop.create_task(self.keep_session())
+        time_is_up = ("time limit", say_and_hang_up(TIME_IS_UP))
+        self.timers["limit"] = self.loop.call_later(
+            self.bridge.settings.max_call_seconds, self.end_when_heard, *time_is_up
+        )
+        try:
+            reason = await self.over
+        finally:
+            self.ready = False
+            for timer in self.timers.values():
+                timer.cancel()
+            legs = [leg for leg in (self.twilio, self.openai) if leg is not None]
+            running = [dialling, *self.tasks]
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*(leg.hang_up() for leg in legs), *running, return_exceptions=True)
+            del self.bridge.calls[self.sid]
+        for item in list(self.items.values()):  # what was still being said
+            item.complete = True
+            heard = self.heard()
+            if item.ends > heard and item.heard_ms is None:
+                item.heard_ms = max(0, heard - item.begins) // 8
+            self.settle(item)
+        if self.ears_dropped_ms:
+            self.note(logging.WARNING, "%.0f ms of the caller's audio never reached the model", self.ears_dropped_ms)
+        if self.stream_sid:
+            self.emit("call_ended", reason=reason)
+        else:
+            self.note(logging.WARNING, "ended before its stream was open: %s", reason)
+
+    def open_stream(self, twilio: TwilioLeg, stream_sid: str) -> None:
+        """Twilio's `start`: the caller is there. What the model has said until now goes out."""
+        self.twilio, self.stream_sid = twilio, stream_sid
+        self.timers.pop("unclaimed").cancel()
+        twilio.deliver_to(self.from_twilio)
+        self.emit("call_started")
+        for event, at, facts in self.early_events:
+            self.emit(event, at, **facts)
+        for speech in self.early_speech:
+            self.play(*speech)
+        self.early_events, self.early_speech = [], []
+        self.end_if_heard()
+
+    def start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        def done(task: asyncio.Task[None]) -> None:
+            self.tasks.discard(task)
+            self.end_if_heard()
+
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(done)
+
+    # ── 5 The model ─────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # A session is dialled at the webhook, set up, and asked for the greeting, which is being spoken when the stream
+    # opens. A lost session is dialled again: a new one knows nothing, so it is told what both sides have said, and of
+    # the model only what was heard; then it gets the caller's audio that the old one had not answered.
+
+    async def keep_session(self) -> None:
+        """Have a session with the model as long as the call lasts, or give the call up."""
+        lost_at = -math.inf
+        while True:
+            try:
+                async with asyncio.timeout(SESSION_TIMEOUT_S):
+                    openai = await self.get_session()
+            except TimeoutError:
+                return self.give_up(f"no session within {SESSION_TIMEOUT_S:g} s")
+            except Refused as fault:
+                return self.give_up(str(fault))
+            await openai.wait_closed()
+            if self.ending and self.ending.reason == MODEL_LOST:
+                return None  # we closed it
+            why = f"the session was lost ({openai.close_code} {openai.close_reason or ''})".replace(" )", ")")
+            self.session_lost()
+            if is_final(openai.close_code):
+                return self.give_up(why)
+            if self.loop.time() - lost_at < LOST_AGAIN_S:
+                return self.give_up(f"{why}, and the one before it {LOST_AGAIN_S:g} s ago or less")
+            lost_at = self.loop.time()
+            self.emit("model_failed", error=f"{why}: dialling again")
+
+    async def get_session(self) -> OpenAILeg:
+        """Dial until OpenAI has accepted our session.update. Raises Refused when trying again cannot help."""
+        while True:
+            try:
+                openai = await connect(
+                    self.bridge.openai_url,
+                    additional_headers=self.bridge.openai_headers,
+                    ssl=self.bridge.tls,
+                    create_connection=OpenAILeg,
+                    compression=None,  # mu-law does not compress, and trying costs three times the CPU
+                    proxy=None,
+                    open_timeout=5,
+                    close_timeout=1,
+                    max_size=16 << 20,  # bytes; one audio delta is some 10 KB
+                )
+            except (OSError, InvalidHandshake) as fault:
+                status = fault.response.status_code if isinstance(fault, InvalidStatus) else 0
+                if 400 <= status < 500 and status not in (408, 425, 429):
+                    raise Refused(f"OpenAI answered HTTP {status} to the dial") from None
+                self.note(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
+            else:
+                assert isinstance(openai, OpenAILeg)
+                closed = asyncio.ensure_future(openai.wait_closed())
+                try:
+                    granted = self.granted = self.loop.create_future()
+                    self.openai, self.session = openai, self.session + 1
+                    openai.deliver_to(self.from_openai)
+                    self.update_session()
+                    await asyncio.wait([granted, closed], return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    closed.cancel()
+                if granted.done() and not granted.result():
+                    return openai
+                await openai.hang_up()
+                if granted.done():
+                    raise Refused(granted.result())
+                if is_final(openai.close_code):
+                    raise Refused(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
+                self.note(
+                    logging.WARNING, "OpenAI closed before the session was set up, trying again: %s", openai.close_code
+                )
+            await asyncio.sleep(DIAL_PAUSE_S)
+
+    def update_session(self) -> None:
+        session = session_update(self.bridge.settings, self.bridge.hooks.tools)
+        if not self.transcribe:
+            session["audio"]["input"].pop("transcription", None)
+        self.to_openai("session.update", session=session)
+
+    def session_granted(self, session: Mapping[str, Any]) -> None:
+        """OpenAI says what it made of our session.update. Audio in another format would be noise in the caller's ear."""
+        if self.granted is None or self.granted.done():
+            return
+        for way in ("input", "output"):
+            audio = (session.get("audio") or {}).get(way) or {}
+            if (given := (audio.get("format") or {}).get("type", "audio/pcmu")) != "audio/pcmu":
+                return self.granted.set_result(f"OpenAI grants {given} as {way} format instead of audio/pcmu")
+        detection = ((session.get("audio") or {}).get("input") or {}).get("turn_detection") or {}
+        self.server_interrupts = detection.get("interrupt_response", self.server_interrupts)
+        self.granted.set_result("")
+        for role, text in self.history.values():  # of a session before this one
+            if text:
+                self.add_text(role, text)
+        self.ready = True
+        if not self.greeted:
+            words = self.bridge.settings.greeting
+            instructions = (
+                f"{self.bridge.settings.instructions}\n\nThe call has just begun. Say exactly this and no more: {words}"
+            )
+            self.ask(dump({"type": "response.create", "response": {"instructions": instructions}}))
+        elif self.answer_due and not self.caller_was_speaking:
+            self.ask(CREATE_RESPONSE)
+        for payload in self.ears:  # the create came before it on the wire: the greeting is first
+            self.to_model(payload)
+        self.ask_if_free()
+        return None
+
+    def session_refused(self, error: Mapping[str, Any]) -> None:
+        """An error before the session was granted answers our session.update: nothing of that applies."""
+        assert self.granted is not None
+        text = f"{error.get('code')}: {error.get('message')} ({error.get('param')})"
+        if self.transcribe and "transcription" in text and error.get("code") not in FINAL_ERRORS:
+            self.transcribe = False
+            self.emit("model_failed", error=f"{text}: trying without transcription")
+            self.update_session()
+        else:
+            self.granted.set_result(f"OpenAI refuses the session: {text}")
+
+    def session_lost(self) -> None:
+        """Keep what the next session needs: the texts, and the caller's audio that was not answered (`ears`)."""
+        self.ready = False
+        self.openai = None
+        self.answer_due = self.answer_due or bool(self.response_id or self.asking)
+        self.caller_was_speaking, self.caller_speaking = self.caller_speaking, False
+        self.response_id, self.asking, self.function_calls = "", b"", []
+        self.cut.clear()
+        for item in list(self.items.values()):  # what Twilio has of them is still played
+            item.complete = True
+            self.history[item.id] = ("assistant", item.text)
+            self.settle(item)
+
+    def give_up(self, why: str) -> None:
+        """The model cannot be had. What it has said is heard out, then the caller hears an apology instead of silence."""
+        self.note(logging.ERROR, "%s: the caller hears an apology", why)
+        self.emit("model_failed", error=f"{why}: the caller hears an apology")
+        openai = self.openai
+        self.session_lost()
+        self.wanted = b""
+        self.end_when_heard(MODEL_LOST, say_and_hang_up(APOLOGY), can_be_called_off=False)
+        if openai is not None:
+            self.start_task(openai.hang_up())
+
+    def to_openai(self, kind: str, **content: Any) -> None:
+        if self.openai is not None:
+            self.openai.send_now(dump({"type": kind, **content}))
+
+    # ── 6 Listen ────────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # The model hears by the call's clock: 20 ms of audio for each 20 ms. Twilio sometimes leaves a hole (its timestamps
+    # jump, or nothing comes for a while). Then the model's ears would stand still, and it would wait for ever for the
+    # end of a sentence. So holes are filled with silence: at a jump as much as is missing; when nothing comes while the
+    # caller is speaking, as time passes. `call_ms` counts both, so audio that comes late all the same adds nothing twice.
+    #
+    # `ears` keeps the audio that a new session would need: all since the caller began to speak, or else the last second
+    # (a word's beginning, before OpenAI has noticed it); while no session is ready, everything, up to 30 s.
+
+    def from_twilio(self, message: bytes) -> None:
+        """One message of Twilio's. Its numbers are strings."""
+        if media := MEDIA.match(message):  # nearly all messages are of this form; the others are parsed
+            return self.hear(media[2], int(media[1]))
+        event = json.loads(message)
+        match event["event"]:
+            case "media":
+                self.hear(event["media"]["payload"].encode(), int(event["media"]["timestamp"]))
+            case "mark":
+                self.mark_returned(event["mark"]["name"])
+            case "dtmf":
+                self.emit("key_pressed", key=event["dtmf"]["digit"])
+            case "stop":
+                self.end("caller hung up")
+            case "connected" | "start":
+                pass  # came before: see Bridge.start_stream
+            case unknown:
+                self.note(logging.INFO, "Twilio sent an event that is not known here: %.60r", unknown)
+        return None
+
+    def hear(self, payload: bytes, timestamp_ms: int) -> None:
+        """The caller's voice, usually 20 ms of it; the timestamp counts from the beginning of the stream."""
+        self.frame_at = self.loop.time()
+        ms = size_of(payload) / 8
+        if not 0 <= self.call_ms <= timestamp_ms + RESYNC_MS:
+            self.call_ms = timestamp_ms  # the first frame; or Twilio's clock has begun anew
+        elif timestamp_ms - self.call_ms >= HOLE_MS:
+            self.hear_silence(timestamp_ms - self.call_ms)
+            self.call_ms = timestamp_ms
+        self.call_ms += ms
+        self.take_in(payload, ms)
+
+    def hear_silence(self, missing_ms: float) -> None:
+        """Fill a hole. A longer one than HELD_MS is cut: no sentence hangs on it any more."""
+        missing_ms = min(missing_ms, HELD_MS)
+        self.note(logging.INFO, "%.0f ms of the caller's audio are missing: filled with silence", missing_ms)
+        while missing_ms > 0:
+            ms = min(missing_ms, 1000)
+            self.take_in(base64.b64encode(b"\xff" * int(ms * 8)), ms)
+            missing_ms -= ms
+
+    def take_in(self, payload: bytes, ms: float) -> None:
+        self.ears.append(payload)
+        self.ears_ms += ms
+        keep_ms = HELD_MS if self.caller_speaking or not self.ready else PREROLL_MS
+        while self.ears_ms > keep_ms:
+            oldest_ms = size_of(self.ears.popleft()) / 8
+            self.ears_ms -= oldest_ms
+            if not self.ready:
+                self.ears_dropped_ms += oldest_ms
+        if self.ready:
+            self.to_model(payload)
+        if self.bridge.hooks.listens("caller_audio"):
+            self.emit("caller_audio", mulaw=base64.b64decode(payload))
+
+    def to_model(self, payload: bytes) -> None:
+        assert self.openai is not None
+        self.openai.send_now(b'{"type":"input_audio_buffer.append","audio":"%b"}' % payload)
+
+    def watch_for_holes(self) -> None:
+        """Runs while the caller speaks: when no frames come, time passes for the model all the same."""
+        if not self.caller_speaking:
+            return
+        missing_s = self.loop.time() - self.frame_at
+        if missing_s >= NO_FRAMES_S:
+            self.frame_at = self.loop.time()
+            self.call_ms += missing_s * 1000
+            self.hear_silence(missing_s * 1000)
+        self.timers["holes"] = self.loop.call_at(self.frame_at + NO_FRAMES_S, self.watch_for_holes)
+
+    # ── 7 Speak ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def from_openai(self, message: bytes) -> None:
+        """One event of OpenAI's. The many that are not named here need nothing."""
+        event = json.loads(message)
+        match event["type"]:
+            case "session.updated":
+                self.session_granted(event.get("session") or {})
+
+            case "input_audio_buffer.speech_started":
+                self.caller_speaking = True
+                self.emit("caller_spoke")
+                self.barge_in()
+                self.watch_for_holes()
+            case "input_audio_buffer.speech_stopped":
+                self.caller_speaking = False
+                self.answer_due = True
+                self.ears.clear()  # this turn is in the conversation; its text follows
+                self.ears_ms = 0.0
+                self.emit("caller_paused")
+                self.ask_if_free()
+            case "input_audio_buffer.committed":
+                self.remember(event["item_id"], "user", "")  # its place; the words come later, perhaps after the answer
+            case "conversation.item.input_audio_transcription.completed":
+                text = event.get("transcript", "").strip()
+                self.remember(event["item_id"], "user", text)
+                if text:
+                    self.emit("caller_said", text=text)
+                if event.get("usage"):
+                    self.emit("model_used", usage=event["usage"], model=self.transcription_model())
+            case "conversation.item.input_audio_transcription.failed":
+                self.emit(
+                    "model_failed",
+                    error=f"transcription: {(event.get('error') or {}).get('message')}: the call goes on",
+                )
+
+            case "response.created":
+                self.response_created(event["response"]["id"])
+            case "response.output_audio.delta" | "response.audio.delta":  # the second is the beta's name
+                at = (event.get("response_id", self.response_id), event["item_id"], event.get("content_index", 0))
+                self.play(*at, event["delta"])
+            case "response.output_audio_transcript.delta" | "response.audio_transcript.delta":
+                if item := self.items.get(event["item_id"]):
+                    item.text += event["delta"]
+            case "response.output_audio_transcript.done" | "response.audio_transcript.done":
+                if item := self.items.get(event["item_id"]):
+                    item.text = event["transcript"]
+            case "response.output_item.done":
+                self.item_done(event["item"])
+            case "response.done":
+                self.response_done(event["response"])
+
+            case "error":
+                self.error(event["error"])
+
+    def error(self, error: Mapping[str, Any]) -> None:
+        """Most errors are recoverable, and the session stays open: the call goes on."""
+        code = error.get("code")
+        text = f"{code}: {error.get('message')}"
+        if self.granted is not None and not self.granted.done():
+            self.session_refused(error)
+        elif code in FINAL_ERRORS:
+            self.give_up(text)
+        else:
+            if code == "conversation_already_has_active_response":  # the caller's turn began one at the same moment
+                self.wanted, self.asking = b"" if not self.greeted else self.asking, b""
+            self.emit("model_failed", error=f"{text}: the call goes on")
+
+    def remember(self, item_id: str, role: str, text: str) -> None:
+        if len(self.history) >= HISTORY and item_id not in self.history:
+            del self.history[next(iter(self.history))]
+        self.history[item_id] = (role, text)
+
+    def transcription_model(self) -> str:
+        session = session_update(self.bridge.settings, [])
+        return str((session["audio"]["input"].get("transcription") or {}).get("model", ""))
+
+    # ── 8 Playback ──────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # OpenAI sends an answer several times faster than it is spoken, and Twilio queues it. What the caller has heard is
+    # known from marks: Twilio returns each when it has played all that was sent before it. Every piece of 200 ms or
+    # less is followed by one, named by its item and its position.
+    #
+    # Positions are bytes of speech since the call began, 8 to the ms:
+    #
+    #       item A                    item B
+    #     ├─────────────────────────┼──────────────────────────┤
+    #             ↑ played    ↑ next mark                      ↑ sent
+    #               (a mark)
+    #
+    # Between two marks the clock tells, but never beyond the next mark that is still out. Then, when the caller speaks
+    # over it: `clear` empties Twilio's queue, each item is truncated in OpenAI's conversation at what was heard of it,
+    # so that the model knows what it has not said, and what still comes of that response is dropped. Twilio returns
+    # the marks of a cleared queue as well; they are forgotten, so that their return means nothing.
+
+    def play(self, response_id: str, item_id: str, content_index: int, delta: str) -> None:
+        """A piece of the model's voice."""
+        if not self.stream_sid:
+            return self.early_speech.append((response_id, item_id, content_index, delta))
+        item = self.items.get(item_id)
+        if item is None:
+            item = self.items[item_id] = Item(item_id, content_index, response_id, self.session, self.sent, self.sent)
+            self.remember(item_id, "assistant", "")
+        item.made += size_of(delta.encode())
+        if response_id in self.cut:
+            if item.heard_ms is None:  # it began after the barge-in, or had been heard as far as it had come
+                self.truncate(item, self.sent)
+            return None
+        if not self.marks:  # Twilio's queue is empty: this is heard now
+            self.played_at = self.loop.time()
+        if not self.spoke:
+            self.spoke = self.greeted = True
+            self.answer_due = False
+            self.emit("model_spoke")
+        messages = []
+        for start in range(0, len(delta), MARK_CHARS):
+            payload = delta[start : start + MARK_CHARS]
+            self.sent = item.ends = self.sent + size_of(payload.encode())
+            mark = f"{item_id}:{self.sent}"
+            self.marks.append((mark, self.sent))
+            messages.append(self.for_twilio("media", media={"payload": payload}))
+            messages.append(self.for_twilio("mark", mark={"name": mark}))
+        self.to_twilio(*messages)
+        if self.bridge.hooks.listens("model_audio"):
+            self.emit("model_audio", mulaw=base64.b64decode(delta))
+        return None
+
+    def for_twilio(self, event: str, **content: Any) -> bytes:
+        return dump({"event": event, "streamSid": self.stream_sid, **content})
+
+    def to_twilio(self, *messages: bytes) -> None:
+        if self.twilio is not None:
+            self.twilio.send_now(*messages)
+
+    def mark_returned(self, name: str) -> None:
+        """Twilio has played everything up to this mark; unless it is one of those that `clear` returned."""
+        if all(name != mark for mark, _ in self.marks):
+            return
+        mark = ""
+        while mark != name:
+            mark, self.played = self.marks.popleft()
+        self.played_at = self.loop.time()
+        for item in list(self.items.values()):
+            self.settle(item)
+        self.end_if_heard()
+
+    def heard(self) -> int:
+        """The position that the caller has heard up to."""
+        if not self.marks:
+            return self.sent
+        return min(self.played + int((self.loop.time() - self.played_at) * 8000), self.marks[0][1])
+
+    def barge_in(self) -> None:
+        """The caller has begun to speak. Whatever is being said to them stops, here and in the model's memory."""
+        if self.response_id:
+            self.cut.add(self.response_id)
+            if not self.server_interrupts:
+                self.to_openai("response.cancel", response_id=self.response_id)
+        if self.ending and self.ending.can_be_called_off:
+            self.note(logging.INFO, "%s is called off: the caller goes on talking", self.ending.reason)
+            self.ending = None
+            self.timers.pop("goodbye").cancel()
+        if not self.marks:
+            return  # nothing is playing
+        heard = self.heard()
+        self.to_twilio(self.for_twilio("clear"))
+        self.marks.clear()
+        self.played = self.sent
+        unheard = [item for item in self.items.values() if item.ends > heard and item.heard_ms is None]
+        for item in unheard:
+            self.truncate(item, heard)
+        if unheard:
+            begins = unheard[0].begins
+            self.emit("model_interrupted", heard_ms=max(0, heard - begins) // 8, sent_ms=(self.sent - begins) // 8)
+        for item in list(self.items.values()):
+            self.settle(item)
+
+    def truncate(self, item: Item, heard: int) -> None:
+        item.heard_ms = (min(max(heard, item.begins), item.ends) - item.begins) // 8
+        if item.session == self.session and self.ready:
+            at = {"item_id": item.id, "content_index": item.content_index, "audio_end_ms": item.heard_ms}
+            self.to_openai("conversation.item.truncate", **at)
+
+    def settle(self, item: Item) -> None:
+        """Once an item is complete, and heard to its end or cut, it is known what was said."""
+        if not item.complete or (item.heard_ms is None and self.played < item.ends):
+            return
+        del self.items[item.id]
+        heard_text = item.text
+        if item.heard_ms is not None and item.made:  # its share of the text, for a session after this one
+            heard_text = item.text[: round(len(item.text) * item.heard_ms * 8 / item.made)]
+        self.history[item.id] = ("assistant", heard_text)
+        self.emit("model_said", text=item.text, heard_ms=item.heard_ms)
+
+    # ── 9 Answering ─────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # When the caller has spoken, OpenAI answers by itself. The bridge asks for an answer (response.create) only for the
+    # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, so what is
+    # `wanted` waits until none is, and until the caller is not speaking; an answer that begins meanwhile makes it needless.
+
+    def ask(self, create: bytes) -> None:
+        self.wanted = create
+        self.ask_if_free()
+
+    def ask_if_free(self) -> None:
+        if self.wanted and self.ready and not (self.response_id or self.asking or self.caller_speaking):
+            self.asking, self.wanted = self.wanted, b""
+            assert self.openai is not None
+            self.openai.send_now(self.asking)
+            self.emit("model_asked")
+
+    def response_created(self, response_id: str) -> None:
+        self.response_id = response_id
+        self.asked, self.asking, self.wanted = self.asking or CREATE_RESPONSE, b"", b""
+        self.spoke = False
+        if retry := self.timers.pop("retry", None):
+            retry.cancel()
+        if self.caller_speaking:  # it would talk over the caller, whose turn will be answered anyhow
+            self.cut.add(response_id)
+            self.to_openai("response.cancel", response_id=response_id)
+
+    def item_done(self, item: Mapping[str, Any]) -> None:
+        if item.get("type") == "function_call" and item.get("status") == "completed":
+            self.function_calls.append(dict(item))
+        elif said := self.items.get(item.get("id", "")):
+            said.complete = True
+            self.settle(said)
+
+    def response_done(self, response: Mapping[str, Any]) -> None:
+        """A response has come to its end: completed, cancelled, failed or incomplete."""
+        if response["id"] == self.response_id:
+            self.response_id = ""
+        self.cut.discard(response["id"])
+        function_calls, self.function_calls = self.function_calls, []
+        for item in list(self.items.values()):
+            if item.response_id == response["id"]:
+                item.complete = True
+                self.settle(item)
+        if response.get("usage"):
+            self.emit("model_used", usage=response["usage"], model=self.bridge.model)
+        details = response.get("status_details") or {}
+        match response.get("status"):
+            case "completed":
+                self.failures = 0
+                if function_calls:
+                    self.start_task(self.use_tools(function_calls))
+            case "failed":
+                self.response_failed(details.get("error") or {})
+            case "incomplete":  # max_output_tokens or content_filter: what there is of it is played
+                self.emit("model_failed", error=f"an answer is incomplete ({details.get('reason')}): the call goes on")
+        self.ask_if_free()
+        self.end_if_heard()
+
+    def response_failed(self, error: Mapping[str, Any]) -> None:
+        """Most often a rate limit. The caller would hear silence: ask again after a pause, at most twice."""
+        text = f"an answer failed ({error.get('code')}: {error.get('message')})"
+        self.failures += 1
+        if error.get("code") in FINAL_ERRORS or self.failures > len(RETRY_PAUSES_S):
+            return self.give_up(text)
+        pause_s = RETRY_PAUSES_S[self.failures - 1]
+        self.emit("model_failed", error=f"{text}: asking again in {pause_s:g} s")
+        self.timers["retry"] = self.loop.call_later(pause_s, self.ask, self.asked)
+        return None
+
+    async def use_tools(self, function_calls: list[dict[str, Any]]) -> None:
+        """Run what the model called, side by side; then let it speak, once."""
+        spoke = self.spoke
+        await asyncio.gather(*(self.use_tool(function_call) for function_call in function_calls))
+        if not (self.ending and spoke):  # it has said goodbye already
+            self.ask(CREATE_RESPONSE)
+
+    async def use_tool(self, function_call: Mapping[str, Any]) -> None:
+        session, began = self.session, time.monotonic()
+        name, arguments = function_call["name"], function_call.get("arguments") or "{}"
+        result = await self.bridge.hooks.run_tool(self, name, arguments)
+        if session == self.session and self.ready:
+            output = {"type": "function_call_output", "call_id": function_call["call_id"], "output": result}
+            self.to_openai("conversation.item.create", item=output)
+        else:  # the session that asked is gone; the next one is told in words
+            self.add_text("system", f"{name}({arguments}) → {result}")
+        seconds = time.monotonic() - began
+        self.emit("tool_used", name=name, arguments=arguments, result=result, seconds=seconds)
+
+    def add_text(self, role: str, text: str) -> None:
+        content = {"type": "output_text" if role == "assistant" else "input_text", "text": text}
+        item = {"type": "message", "role": role, "content": [content]}
+        if self.ready or (self.granted and self.granted.done()):
+            self.to_openai("conversation.item.create", item=item)
+
+    def tell_model(self, text: str) -> None:
+        """Tell the model something that the caller has not said, and let it answer. From any thread."""
+
+        def tell() -> None:
+            self.remember(f"told {time.monotonic()}", "system", text)
+            if self.ready:
+                self.add_text("system", text)
+            self.ask(CREATE_RESPONSE)
+
+        self.loop.call_soon_threadsafe(tell)
+
+    # ── 10 The end ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def hang_up(self) -> None:
+        """End the call when the goodbye has been heard to its end; a caller who goes on talking calls it off. From any thread."""
+        self.loop.call_soon_threadsafe(self.end_when_heard, "hung up", say_and_hang_up(""), True)
+
+    def transfer(self, number: str) -> None:
+        """Connect the caller with another telephone, like hang_up. Raises ValueError for what is no number. From any thread."""
+        if not re.fullmatch(r"\+[1-9]\d{6,14}", number):
+            raise ValueError(f"{number!r} is not a telephone number: give one such as +81312345678 (E.164)")
+        self.loop.call_soon_threadsafe(self.end_when_heard, "transferred", twiml(f"<Dial>{number}</Dial>"), True)
+
+    def end_when_heard(self, reason: str, next_twiml: str, can_be_called_off: bool = False) -> None:
+        """Let what is being said be heard to its end, within a limit; then close the stream: Twilio asks /twilio/next."""
+        if self.ending and not self.ending.can_be_called_off:
+            return
+        self.ending = Ending(reason, next_twiml, can_be_called_off)
+        queued_s = (self.sent - self.heard()) / 8000
+        limit_s = min(queued_s, MAX_GOODBYE_S) + GOODBYE_SLACK_S
+        if old := self.timers.pop("goodbye", None):
+            old.cancel()
+        self.timers["goodbye"] = self.loop.call_later(limit_s, self.end, reason)
+        self.end_if_heard()
+
+    def end_if_heard(self) -> None:
+        busy = self.marks or self.early_speech or self.response_id or self.asking or self.wanted or self.tasks
+        if self.ending and not busy:
+            self.end(self.ending.reason)
+
+    def end(self, reason: str) -> None:
+        """End the call now. `live` closes both sides."""
+        if not self.over.done():
+            if self.ending and self.ending.reason == reason:
+                self.bridge.ended_by_us(self.sid, self.ending.next_twiml)
+            self.over.set_result(reason)
+
+
+class Refused(Exception):
+    """OpenAI will not have the session, and asking again would not help."""
+
+
+MODEL_LOST = "model lost"
+SESSION_TIMEOUT_S = 8.0  # silence that a caller may be asked to bear
+DIAL_PAUSE_S = 0.5
+LOST_AGAIN_S = 10.0
+RETRY_PAUSES_S = (1.0, 2.0)
+FINAL_ERRORS = {
+    *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
+    *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
+}
+CREATE_RESPONSE = b'{"type":"response.create"}'
+HISTORY = 200  # texts that a new session is told
+
+# The form in which Twilio's media messages come; each of another form is parsed.
+MEDIA = re.compile(rb'\{"event":"media",[^{]*"media":\{[^}]*?"timestamp":"(\d+)","payload":"([A-Za-z0-9+/=]+)"')
+HELD_MS = 30_000.0  # of the caller's audio, while no session is ready
+PREROLL_MS = 1000.0
+HOLE_MS = 40.0  # timestamps that are off by less are jitter
+RESYNC_MS = 60_000.0
+NO_FRAMES_S = 0.75  # network jitter is shorter; longer than a pause that ends a turn
+MARK_CHARS = 2112  # of base64: 1584 bytes, 198 ms. A multiple of 4, so each piece is base64 of its own
+MAX_GOODBYE_S = 60.0
+GOODBYE_SLACK_S = 15.0  # for words that the model has yet to say
+
+
+def dump(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def size_of(payload: bytes) -> int:
+    """The number of bytes in base64 text, without decoding it."""
+    return len(payload) * 3 // 4 - payload[-2:].count(b"=")
+
+
+def is_final(close_code: int | None) -> bool:
+    """3000 invalid_api_key, 4000 invalid_model, 4004 model_not_found …: what an application says stays said."""
+    return close_code is not None and 3000 <= close_code < 5000
+
+
+# ── 11 Serve ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class NoHooks:
+    """What stands in for hooks/ when there is none: bridge.py alone is a whole telephone."""
+
+    tools: list[dict[str, Any]] = []
+    pages: dict[str, Any] = {}
+
+    def emit(self, event: str, call: Call, at: float, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def listens(self, event: str) -> bool:
+        return False
+
+    def close(self, timeout_s: float) -> None:
+        pass
+
+
+def load_hooks(names: str | None) -> Any:
+    """The hooks/ folder beside this file, if it is ours. Raises ValueError for a name in HOOKS that is not there."""
+    path = Path(__file__).with_name("hooks") / "__init__.py"
+    spec = importlib.util.spec_from_file_location("bridge_hooks", path)
+    if path.exists() and spec and spec.loader:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["bridge_hooks"] = module
+        spec.loader.exec_module(module)
+        if hasattr(module, "load"):
+            return module.load(path.parent, names)
+    if names:
+        raise ValueError(
+            f"HOOKS is {names!r}, but there is no hooks folder beside bridge.py: unset it, or copy the folder"
+        )
+    return NoHooks()
+
+
+def open_line(bridge: Bridge, host: str | None, port: int) -> Any:
+    """The one port: webhooks, streams and pages. Use with `async with`."""
+    return serve(
+        bridge.take_stream,
+        host or None,
+        port,
+        process_request=bridge.answer,
+        create_connection=TwilioLeg,
+        compression=None,  # Twilio never offers it
+        max_size=64 << 10,  # bytes; a media message has some 400
+        close_timeout=1,
+    )
+
+
+async def drain(bridge: Bridge) -> None:
+    """Let the calls end by themselves, then end them; and answer Twilio's question what comes after."""
+
+    async def wait_for(done: Callable[[], bool], limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while not done() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+
+    await wait_for(lambda: not bridge.calls, bridge.settings.drain_seconds)
+    for call in list(bridge.calls.values()):
+        call.end_when_heard("shutdown", say_and_hang_up(RESTARTING))
+    await wait_for(lambda: not bridge.calls, MAX_GOODBYE_S / 4 + GOODBYE_SLACK_S)
+    await wait_for(lambda: not bridge.not_yet_asked, 2)
+
+
+async def run(settings: Settings, hooks: Any) -> int:
+    loop = asyncio.get_running_loop()
+    bridge = Bridge(settings, hooks)
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            log.warning("second signal: ending at once")
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with open_line(bridge, settings.host, settings.port):
+            log.info(
+                "listening on port %d for %s/twilio/voice",
+                settings.port,
+                settings.public_base_url or "http://localhost",
+            )
+            await stop.wait()
+            bridge.draining = True
+            log.info(
+                "stopping: %d calls go on for up to %g s, new ones are refused",
+                len(bridge.calls),
+                settings.drain_seconds,
+            )
+            await drain(bridge)
+    except OSError as fault:
+        print(
+            f"bridge.py: cannot listen on port {settings.port}: {fault.strerror}. Set PORT to a free one",
+            file=sys.stderr,
+        )
+        return 1
+    await asyncio.to_thread(hooks.close, 10.0)
+    return 0
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    logging.getLogger("websockets").setLevel(logging.ERROR)
+    try:
+        settings = read_settings(os.environ)
+        hooks = load_hooks(settings.hooks)
+    except ValueError as fault:
+        print(f"bridge.py: {fault}", file=sys.stderr)
+        return 2
+    return asyncio.run(run(settings, hooks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1725 @@
+"""What the bridge does, as read from the wire.
+
+At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones; then come tests whose names are
+sentences, in the order in which a call happens. Nothing between the two sockets is mocked. Run: pytest
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from xml.etree import ElementTree
+
+import pytest
+from twilio.request_validator import RequestValidator
+from twilio.twiml.voice_response import Connect, VoiceResponse
+from websockets.asyncio.client import connect
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+import bridge
+
+HERE = Path(__file__).parent
+LIMIT_S = 20  # no test waits longer for anything
+CALLER, CALLED = "+819012345678", "+15005550006"
+
+
+def voice(ms: float, seed: int = 0) -> bytes:
+    """So much mu-law audio, different for each seed, so that any loss, repetition or change shows."""
+    return random.Random(seed).randbytes(int(ms * 8))
+
+
+def b64(mulaw: bytes) -> str:
+    return base64.b64encode(mulaw).decode()
+
+
+async def until(true: Callable[[], Any], within_s: float = 5.0, why: str = "") -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {why or true}"
+        await asyncio.sleep(0.005)
+
+
+# ── The pretend Twilio ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class PretendTwilio:
+    """One caller: webhook, stream, and a player that plays audio in real time, returns marks when what was before
+    them has been heard, and at `clear` throws away what it has not played and returns all marks at once."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, port: int, **options: Any) -> None:
+        self.port = port
+        self.sid = f"CA{next(self.numbers):032x}"
+        self.stream_sid = "MZ" + self.sid[2:]
+        self.base = options.get("base", "")  # PUBLIC_BASE_URL, when requests are to be signed
+        self.auth_token = options.get("auth_token", "")
+        self.token: str | None = options.get("token")  # instead of the one in the TwiML
+        self.timestamp_ms = 0
+        self.sequence = itertools.count(2)
+        self.received: list[dict[str, Any]] = []
+        self.heard = b""  # what was played to the caller
+        self.queue: deque[tuple[float, float, bytes]] = deque()  # (begin, end, mulaw) on the loop's clock
+        self.marks: list[tuple[asyncio.TimerHandle, str]] = []
+        self.clears = 0
+        self.faults: list[str] = []
+        self.parameters: dict[str, str] = {}
+
+    def signature(self, url: str, form: dict[str, str]) -> dict[str, str]:
+        if not self.auth_token:
+            return {}
+        return {"X-Twilio-Signature": RequestValidator(self.auth_token).compute_signature(url, form)}
+
+    async def post(self, path: str, **form: str) -> str:
+        """A webhook as Twilio sends it; returns the TwiML."""
+        form = {"CallSid": self.sid, "From": CALLER, "To": CALLED, "CallStatus": "ringing", **form}
+        body = urlencode(form)
+        headers = self.signature(self.base + path, form)
+        status, _, text = await http(self.port, "POST", path, body, headers)
+        assert status == 200, (status, text)
+        return text
+
+    async def dials(self) -> PretendTwilio:
+        """Call, as far as the webhook's answer."""
+        twiml = ElementTree.fromstring(await self.post("/twilio/voice"))
+        stream = twiml.find("Connect/Stream")
+        assert stream is not None, ElementTree.tostring(twiml)
+        self.stream_url = stream.attrib["url"]
+        self.parameters = {p.attrib["name"]: p.attrib["value"] for p in stream.findall("Parameter")}
+        if self.token is not None:
+            self.parameters["token"] = self.token
+        return self
+
+    async def connects(self) -> PretendTwilio:
+        """Open the stream: handshake, `connected`, `start`."""
+        headers = self.signature("wss" + self.base.removeprefix("https") + "/twilio/stream", {})
+        url = f"ws://127.0.0.1:{self.port}/twilio/stream"
+        self.socket = await connect(url, additional_headers=headers, compression=None, close_timeout=1)
+        self.reader = asyncio.create_task(self.listen())
+        await self.sends({"event": "connected", "protocol": "Call", "version": "1.0.0"})
+        return self
+
+    async def starts(self) -> PretendTwilio:
+        media_format = {"encoding": "audio/x-mulaw", "sampleRate": 8000, "channels": 1}
+        start = {
+            "accountSid": "AC" + "0" * 32,
+            "streamSid": self.stream_sid,
+            "callSid": self.sid,
+            "tracks": ["inbound"],
+            "mediaFormat": media_format,
+            "customParameters": self.parameters,
+        }
+        await self.sends({"event": "start", "sequenceNumber": "1", "streamSid": self.stream_sid, "start": start})
+        return self
+
+    async def calls(self) -> PretendTwilio:
+        await self.dials()
+        await self.connects()
+        return await self.starts()
+
+    async def sends(self, message: dict[str, Any], **how: Any) -> None:
+        await self.socket.send(json.dumps(message, separators=(",", ":"), **how))
+
+    async def speaks(self, mulaw: bytes, frame_ms: int = 20, pace: bool = False) -> None:
+        """The caller's voice, in frames; at once unless `pace`."""
+        for start in range(0, len(mulaw), frame_ms * 8):
+            frame = mulaw[start : start + frame_ms * 8]
+            media = {"track": "inbound", "chunk": "1", "timestamp": str(self.timestamp_ms), "payload": b64(frame)}
+            sequence = str(next(self.sequence))
+            await self.sends(
+                {"event": "media", "sequenceNumber": sequence, "streamSid": self.stream_sid, "media": media}
+            )
+            self.timestamp_ms += len(frame) // 8
+            if pace:
+                await asyncio.sleep(frame_ms / 1000)
+
+    async def presses(self, key: str) -> None:
+        dtmf = {"track": "inbound_track", "digit": key}
+        await self.sends({"event": "dtmf", "streamSid": self.stream_sid, "sequenceNumber": "5", "dtmf": dtmf})
+
+    async def hangs_up(self) -> None:
+        stop = {"accountSid": "AC" + "0" * 32, "callSid": self.sid}
+        await self.sends({"event": "stop", "sequenceNumber": "9", "streamSid": self.stream_sid, "stop": stop})
+        await self.socket.close()
+
+    async def listen(self) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            async for text in self.socket:
+                self.takes(text)
+
+    def takes(self, text: str | bytes) -> None:
+        if not isinstance(text, str):
+            self.faults.append("31950: a binary frame")
+            return
+        message = json.loads(text)
+        self.received.append(message)
+        match message:
+            case {"event": "media", "streamSid": sid, "media": {"payload": payload, **more}, **rest}:
+                self.plays(base64.b64decode(payload, validate=True))
+            case {"event": "mark", "streamSid": sid, "mark": {"name": name, **more}, **rest}:
+                due = max(self.playing_until(), asyncio.get_running_loop().time())
+                self.marks.append((asyncio.get_running_loop().call_at(due, self.returns_mark, name), name))
+            case {"event": "clear", "streamSid": sid, **rest}:
+                more = {}
+                self.clears += 1
+                self.play_out()
+                self.queue.clear()
+                for timer, name in list(self.marks):
+                    timer.cancel()
+                    self.returns_mark(name)
+            case _:
+                self.faults.append(f"31951: {message}")
+                return
+        if rest or more or sid != self.stream_sid:
+            self.faults.append(f"31951: {message}")
+
+    def plays(self, mulaw: bytes) -> None:
+        begins = max(self.playing_until(), asyncio.get_running_loop().time())
+        self.queue.append((begins, begins + len(mulaw) / 8000, mulaw))
+
+    def playing_until(self) -> float:
+        return self.queue[-1][1] if self.queue else 0.0
+
+    def play_out(self) -> None:
+        """Move what has been played by now to `heard`."""
+        now = asyncio.get_running_loop().time()
+        while self.queue and self.queue[0][0] < now:
+            begins, ends, mulaw = self.queue.popleft()
+            bytes_played = len(mulaw) if ends <= now else int((now - begins) * 8000)
+            self.heard += mulaw[:bytes_played]
+            if ends > now:
+                self.queue.appendleft((now, ends, mulaw[bytes_played:]))
+                break
+
+    def returns_mark(self, name: str) -> None:
+        self.marks = [mark for mark in self.marks if mark[1] != name]
+        mark = {"event": "mark", "sequenceNumber": "4", "streamSid": self.stream_sid, "mark": {"name": name}}
+        task = asyncio.ensure_future(self.sends(mark))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def heard_so_far(self) -> bytes:
+        self.play_out()
+        return self.heard
+
+    def sent_to_it(self) -> bytes:
+        return b"".join(base64.b64decode(m["media"]["payload"]) for m in self.received if m["event"] == "media")
+
+    async def next(self) -> str:
+        """The stream has been closed by the bridge: Twilio asks what comes then."""
+        await asyncio.wait_for(self.socket.wait_closed(), 5)
+        return await self.post("/twilio/next", CallStatus="in-progress")
+
+
+# ── The pretend OpenAI ──────────────────────────────────────────────────────────────────────────────────────────
+
+CLIENT_EVENTS = {  # type -> its keys
+    "session.update": {"session"},
+    "input_audio_buffer.append": {"audio"},
+    "conversation.item.create": {"item"},
+    "conversation.item.truncate": {"item_id", "content_index", "audio_end_ms"},
+    "response.create": {"response"},
+    "response.cancel": {"response_id"},
+}
+SESSION_KEYS = {
+    *("type", "output_modalities", "instructions", "audio", "reasoning", "tools", "tool_choice", "max_output_tokens"),
+    *("truncation", "tracing", "prompt", "parallel_tool_calls", "include"),
+}
+INPUT_KEYS = {"format", "turn_detection", "transcription", "noise_reduction"}
+
+
+class PretendSession:
+    """One session of the pretend OpenAI. It checks what it gets as the real one does, and says what a test tells it."""
+
+    def __init__(self, server: PretendOpenAI, socket: ServerConnection) -> None:
+        self.server = server
+        self.socket = socket
+        self.headers = socket.request.headers if socket.request else {}
+        self.config: dict[str, Any] = {}
+        self.received: list[dict[str, Any]] = []  # all but audio
+        self.seen = 0  # how many of them `gets` has passed
+        self.heard = b""  # the caller's audio
+        self.errors: list[str] = []
+        self.response: str | None = None  # the one in progress
+        self.audio: dict[str, int] = {}  # item -> bytes
+        self.creates = 0
+
+    async def run(self) -> None:
+        await self.sends("session.created", session={"type": "realtime", "audio": {}})
+        with contextlib.suppress(ConnectionClosed):
+            async for text in self.socket:
+                await self.takes(text)
+
+    async def sends(self, kind: str, **content: Any) -> None:
+        event = {"type": kind, "event_id": f"event_{next(self.server.numbers)}", **content}
+        with contextlib.suppress(ConnectionClosed):
+            await self.socket.send(json.dumps(event, ensure_ascii=False))
+
+    async def refuses(self, code: str, message: str, param: str | None = None) -> None:
+        self.errors.append(code)
+        error = {"type": "invalid_request_error", "code": code, "message": message, "param": param, "event_id": None}
+        await self.sends("error", error=error)
+
+    async def takes(self, text: str | bytes) -> None:
+        if not isinstance(text, str):
+            return await self.refuses("invalid_event", "Expected a text WebSocket message")
+        event = json.loads(text)
+        kind = event.pop("type")
+        event.pop("event_id", None)
+        if kind not in CLIENT_EVENTS or not set(event) <= CLIENT_EVENTS[kind]:
+            return await self.refuses("unknown_parameter", f"Unknown parameter in {kind}: {list(event)}")
+        if kind == "input_audio_buffer.append":
+            if not self.config:
+                self.errors.append("audio before the session was set up: noise")
+            self.heard += base64.b64decode(event["audio"], validate=True)
+            return None
+        self.received.append({"type": kind, **event})
+        match kind:
+            case "session.update":
+                await self.updates(event["session"])
+            case "response.create":
+                self.creates += 1
+                if self.response:
+                    await self.refuses("conversation_already_has_active_response", f"… in progress: {self.response}")
+                elif self.server.answers_creates:
+                    await self.begins()
+            case "response.cancel":
+                if not self.response or event.get("response_id", self.response) != self.response:
+                    await self.refuses("response_cancel_not_active", "Cancellation failed: no active response found")
+                else:
+                    await self.ends("cancelled", reason="client_cancelled")
+            case "conversation.item.truncate":
+                has_ms = self.audio.get(event["item_id"], -1) // 8
+                if event["item_id"] not in self.audio or not 0 <= event["audio_end_ms"] <= has_ms:
+                    wanted = f"Audio content of {has_ms}ms is already shorter than {event['audio_end_ms']}ms"
+                    await self.refuses("invalid_value", wanted, "audio_end_ms")
+        return None
+
+    async def updates(self, session: dict[str, Any]) -> None:
+        fault = self.server.fault_of(session)
+        if fault:
+            return await self.refuses(*fault)
+        self.config = json.loads(json.dumps(session))
+        self.config["audio"]["input"]["format"] = {"type": self.server.grants}
+        await self.sends("session.updated", session=self.config)
+        return None
+
+    # What a test makes it do.
+
+    async def begins(self, response: str = "") -> str:
+        self.response = response or f"resp_{next(self.server.numbers)}"
+        await self.sends("response.created", response={"id": self.response, "status": "in_progress", "output": []})
+        return self.response
+
+    async def speaks(self, mulaw: bytes, item: str = "", delta_ms: int = 300, name: str = "output_audio") -> str:
+        """Audio of one item of the response in progress, faster than real time, as the real one sends it."""
+        item = item or f"item_{next(self.server.numbers)}"
+        at = {"response_id": self.response, "item_id": item, "output_index": 0, "content_index": 0}
+        for start in range(0, len(mulaw), delta_ms * 8):
+            delta = mulaw[start : start + delta_ms * 8]
+            self.audio[item] = self.audio.get(item, 0) + len(delta)
+            await self.sends(f"response.{name}.delta", **at, delta=b64(delta))
+        return item
+
+    async def transcribes(self, item: str, text: str) -> None:
+        at = {"response_id": self.response, "item_id": item, "output_index": 0, "content_index": 0}
+        await self.sends("response.output_audio_transcript.done", **at, transcript=text)
+
+    async def ends(self, status: str = "completed", output: list[Any] | None = None, **details: Any) -> None:
+        response, self.response = self.response, None
+        usage = {"total_tokens": 30, "input_tokens": 10, "output_tokens": 20}
+        about = {"type": status, **details} if details else None
+        done = {"id": response, "status": status, "status_details": about, "output": output or [], "usage": usage}
+        await self.sends("response.done", response=done)
+
+    async def says(self, mulaw: bytes, text: str = "はい。", item: str = "") -> str:
+        """A whole answer of one item."""
+        if not self.response:
+            await self.begins()
+        item = await self.speaks(mulaw, item)
+        await self.transcribes(item, text)
+        message = {"id": item, "type": "message", "role": "assistant", "status": "completed"}
+        await self.sends("response.output_item.done", response_id=self.response, item=message)
+        await self.ends()
+        return item
+
+    async def hears_speech(self, item: str = "") -> str:
+        item = item or f"item_{next(self.server.numbers)}"
+        await self.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id=item)
+        detection = self.config["audio"]["input"]["turn_detection"]
+        if self.response and detection["interrupt_response"]:
+            await self.ends("cancelled", reason="turn_detected")
+        return item
+
+    async def hears_silence(self, item: str, text: str = "") -> None:
+        await self.sends("input_audio_buffer.speech_stopped", audio_end_ms=0, item_id=item)
+        await self.sends("input_audio_buffer.committed", item_id=item, previous_item_id=None)
+        if text:
+            usage = {"type": "duration", "seconds": 1.0}
+            kind = "conversation.item.input_audio_transcription.completed"
+            await self.sends(kind, item_id=item, content_index=0, transcript=text, usage=usage)
+
+    async def gets(self, kind: str, within_s: float = 5.0) -> dict[str, Any]:
+        """The next event from the bridge, which must be of this kind: what comes between is a failure."""
+        await until(lambda: len(self.received) > self.seen, within_s, f"{kind}; so far {self.received}")
+        event = self.received[self.seen]
+        self.seen += 1
+        assert event["type"] == kind, f"{event} instead of {kind}"
+        return event
+
+    async def caught_up(self) -> None:
+        """Everything that was sent to the bridge has been handled, and what it sent because of it has come."""
+        await (await self.socket.ping())
+        await asyncio.sleep(0.03)
+
+    def truncates(self) -> list[tuple[str, int]]:
+        return [(e["item_id"], e["audio_end_ms"]) for e in self.received if e["type"] == "conversation.item.truncate"]
+
+    def types(self) -> list[str]:
+        return [event["type"] for event in self.received]
+
+
+class PretendOpenAI:
+    """The server. What it refuses and grants is set by a test."""
+
+    def __init__(self) -> None:
+        self.numbers = itertools.count(1)
+        self.sessions: list[PretendSession] = []
+        self.taken = 0
+        self.answers_creates = True  # response.create is answered by response.created
+        self.grants = "audio/pcmu"
+        self.refuses_transcription = False
+        self.on_dial: Callable[[PretendSession], Any] | None = None  # instead of a session
+        self.expected_errors: set[str] = set()
+        self.paths: list[str] = []
+
+    def fault_of(self, session: dict[str, Any]) -> tuple[str, str, str] | None:
+        if session.get("type") != "realtime":
+            return ("missing_required_parameter", "Missing required parameter: 'session.type'.", "session.type")
+        unknown = set(session) - SESSION_KEYS | set(session["audio"]["input"]) - INPUT_KEYS
+        for way in ("input", "output"):
+            unknown |= set(session["audio"][way]["format"]) - {"type"}
+        if unknown:
+            return ("unknown_parameter", f"Unknown parameter: {unknown}", f"session.{unknown}")
+        if self.refuses_transcription and session["audio"]["input"].get("transcription"):
+            return ("invalid_value", "no such transcription model", "session.audio.input.transcription.model")
+        return None
+
+    async def handle(self, socket: ServerConnection) -> None:
+        session = PretendSession(self, socket)
+        self.sessions.append(session)
+        self.paths.append(socket.request.path if socket.request else "")
+        if self.on_dial is not None:
+            await self.on_dial(session)
+        else:
+            await session.run()
+
+    async def session(self, within_s: float = 5.0, granted: bool = True) -> PretendSession:
+        """The next session that the bridge opens, set up."""
+        await until(lambda: len(self.sessions) > self.taken, within_s, "a session")
+        session = self.sessions[self.taken]
+        self.taken += 1
+        if granted:
+            await session.gets("session.update")
+            await until(lambda: session.config, within_s, "the session to be set up")
+        return session
+
+
+# ── The bridge between them ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Spy:
+    """In place of the hooks' host: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.tools: list[dict[str, Any]] = []
+        self.pages: dict[str, Any] = {}
+        self.told: list[tuple[str, float, dict[str, Any]]] = []
+        self.calls: list[Any] = []
+        self.results: Callable[..., Any] | None = None
+
+    def listens(self, event: str) -> bool:
+        return True
+
+    def emit(self, event: str, call: Any, at: float, facts: dict[str, Any]) -> None:
+        self.told.append((event, at, facts))
+        if event == "call_started":
+            self.calls.append(call)
+
+    async def run_tool(self, call: Any, name: str, arguments: str) -> str:
+        assert self.results is not None
+        return str(await self.results(call, name, arguments))
+
+    def close(self, timeout_s: float) -> None:
+        pass
+
+    def events(self, *but: str) -> list[str]:
+        return [event for event, _, _ in self.told if event not in {"caller_audio", "model_audio", *but}]
+
+    def facts(self, event: str) -> list[dict[str, Any]]:
+        return [facts for name, _, facts in self.told if name == event]
+
+
+@dataclasses.dataclass
+class Line:
+    """A running bridge, its pretend OpenAI, and what its hooks are told."""
+
+    bridge: bridge.Bridge
+    port: int
+    openai: PretendOpenAI
+    hooks: Spy
+
+    def caller(self, **options: Any) -> PretendTwilio:
+        settings = self.bridge.settings
+        return PretendTwilio(
+            self.port, **{"base": settings.public_base_url, "auth_token": settings.twilio_auth_token, **options}
+        )
+
+
+@contextlib.asynccontextmanager
+async def a_line(**settings: Any) -> AsyncIterator[Line]:
+    """A bridge on a port of its own. At its end nothing may be left over, and nobody may have broken the protocol."""
+    async with asyncio.timeout(LIMIT_S):
+        openai, hooks = PretendOpenAI(), Spy()
+        async with serve(openai.handle, "127.0.0.1", 0, compression=None, close_timeout=1) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            address = {"openai_realtime_url": f"ws://127.0.0.1:{port}/v1/realtime", "openai_api_key": "sk-secret"}
+            the_bridge = bridge.Bridge(bridge.Settings(**{**address, **settings}), hooks)
+            async with bridge.open_line(the_bridge, "127.0.0.1", 0) as line:
+                yield Line(the_bridge, next(iter(line.sockets)).getsockname()[1], openai, hooks)
+                for call in list(the_bridge.calls.values()):
+                    if not call.stream_sid:  # a webhook that no stream was opened for
+                        call.end("the test is over")
+            await until(lambda: not the_bridge.calls, why="all calls to end")
+            await until(lambda: all(s.socket.close_code for s in openai.sessions), 2, "all sessions to be closed")
+        errors = [error for session in openai.sessions for error in session.errors]
+        assert set(errors) <= openai.expected_errors, errors
+
+
+@contextlib.asynccontextmanager
+async def a_call(**settings: Any) -> AsyncIterator[tuple[PretendTwilio, PretendSession, Line]]:
+    """A call that is up, with its greeting asked for and still unspoken (or none, with greeting="")."""
+    async with a_line(**{"greeting": "", **settings}) as line:
+        twilio = await line.caller().calls()
+        openai = await line.openai.session()
+        await until(lambda: line.hooks.calls, why="the call to start")
+        if line.bridge.settings.greeting:
+            await openai.gets("response.create")
+        yield twilio, openai, line
+        if not twilio.socket.close_code:
+            await twilio.hangs_up()
+        assert twilio.faults == []
+
+
+async def http(
+    port: int, method: str, path: str, body: str | bytes = b"", headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], str]:
+    """A plain HTTP request: status, headers, body."""
+    body = body.encode() if isinstance(body, str) else body
+    fields = {"Host": f"127.0.0.1:{port}", **(headers or {})}
+    if body:
+        fields |= {"Content-Length": str(len(body)), "Content-Type": "application/x-www-form-urlencoded"}
+    head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return parse_http(await raw(port, head.encode() + b"\r\n" + body))
+
+
+async def raw(port: int, *segments: bytes, pause_s: float = 0.0) -> bytes:
+    """Send bytes as they are, and read to the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for segment in segments:
+        writer.write(segment)
+        await writer.drain()
+        await asyncio.sleep(pause_s)
+    try:
+        return await asyncio.wait_for(reader.read(), 10)
+    finally:
+        writer.close()
+
+
+def parse_http(answer: bytes) -> tuple[int, dict[str, str], str]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body.decode()
+
+
+def form_request(body: bytes, *headers: str, path: str = "/twilio/voice", method: str = "POST") -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+FORM = urlencode({"CallSid": "CA5", "From": CALLER, "To": CALLED, "CallerName": ""}).encode()
+
+
+# ── Answering ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_webhook_is_answered_with_the_twiml_that_twilios_own_package_would_build() -> None:
+    async with a_line(public_base_url="https://my-app.fly.dev") as line:
+        twilio = await line.caller().dials()
+        theirs, connect_verb = VoiceResponse(), Connect()
+        stream = connect_verb.stream(url="wss://my-app.fly.dev/twilio/stream")
+        for name, value in twilio.parameters.items():
+            stream.parameter(name=name, value=value)
+        theirs.append(connect_verb)
+        theirs.redirect("https://my-app.fly.dev/twilio/next", method="POST")
+        ours = await twilio.post("/twilio/voice")
+        assert ElementTree.canonicalize(ours) == ElementTree.canonicalize(str(theirs))
+
+
+async def test_a_webhook_is_also_answered_when_it_comes_by_get_and_says_that_it_is_xml() -> None:
+    async with a_line() as line:
+        status, headers, body = await http(line.port, "GET", "/twilio/voice?CallSid=CA9&From=%2B81")
+        assert (status, headers["Content-Type"]) == (200, "text/xml; charset=utf-8")
+        assert "<Connect><Stream" in body
+        assert "CA9" in line.bridge.calls
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_a_form_may_come_in_any_number_of_segments(size: int) -> None:
+    async with a_line() as line:
+        request = form_request(FORM)
+        segments = [request[i : i + size] for i in range(0, len(request), size)]
+        status, _, body = parse_http(await raw(line.port, *segments, pause_s=0.001))
+        assert status == 200 and "<Stream" in body and "CA5" in line.bridge.calls
+
+
+async def test_a_form_that_waits_for_100_continue_is_told_to_go_on() -> None:
+    async with a_line() as line:
+        reader, writer = await asyncio.open_connection("127.0.0.1", line.port)
+        writer.write(form_request(FORM, "Expect: 100-continue")[: -len(FORM)])
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(FORM)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+HOST = b"Host: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"POST /twilio/voice HTTP/1.0\r\nContent-Length: 0\r\n\r\n", 200),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+        (form_request(b"CallSid=CA6&x=" + b"y" * (65536 - 14)), 200),
+        (form_request(b"CallSid=CA7", "Content-Length: 11"), 200),
+        (form_request(b"CallSid=CA8") + b"POST / HTTP/1.1\r\n\r\n" + b"garbage" * 1000, 200),
+        (form_request(b"y" * 65537), 413),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n", 413),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (form_request(b"a=b", "Transfer-Encoding: chunked"), 411),
+        (form_request(b"a=b", "Content-Length: 4"), 400),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n", 400),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nExpect: tea\r\n\r\n", 417),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"no colon here\r\n\r\n", 400),
+        (b"what is this\r\n\r\n", 400),
+        (form_request(b"a=b", method="PUT"), 405),
+        (form_request(b"", method="DELETE", path="/health"), 405),
+        (form_request(b"a=b", path="/nowhere"), 404),
+        (form_request(b"body", method="GET", path="/health"), 200),
+        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"\r\n", 426),
+        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"y" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"y" * 9_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    ],
+)
+async def test_every_request_gets_an_http_answer(request_bytes: bytes, status: int) -> None:
+    async with a_line() as line:
+        assert parse_http(await raw(line.port, request_bytes))[0] == status
+
+
+async def test_a_body_that_never_comes_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "FORM_TIMEOUT_S", 0.2)
+    async with a_line() as line:
+        for request in (form_request(FORM)[:-1], form_request(FORM)[:30]):
+            assert parse_http(await raw(line.port, request))[0] == 408
+
+
+async def test_head_is_answered_without_a_body_and_405_says_what_is_allowed() -> None:
+    async with a_line() as line:
+        status, headers, body = await http(line.port, "HEAD", "/health")
+        assert (status, body) == (200, "") and int(headers["Content-Length"]) > 0
+        status, headers, body = await http(line.port, "HEAD", "/twilio/voice")
+        assert (status, headers["Allow"], body) == (405, "POST, GET", "")
+        assert not line.bridge.calls
+
+
+async def test_health_counts_the_calls() -> None:
+    async with a_call() as (_, _, line):
+        status, headers, body = await http(line.port, "GET", "/health")
+        assert (status, headers["Content-Type"]) == (200, "application/json")
+        assert json.loads(body).items() >= {"status": "ok", "calls": 1, "waiting": 0, "peak_calls": 1}.items()
+    assert line.bridge.health()["calls"] == 0
+
+
+# ── Who may call ────────────────────────────────────────────────────────────────────────────────────────────────
+
+SIGNED = {"twilio_auth_token": "12345", "public_base_url": "https://mycompany.com", "greeting": ""}
+
+
+def signed(url: str, form: dict[str, Any], token: str = "12345", algorithm: str | None = None) -> dict[str, str]:
+    return {"X-Twilio-Signature": RequestValidator(token).compute_signature(url, form, algorithm)}
+
+
+async def test_a_signed_call_is_let_in_from_the_webhook_to_the_apology() -> None:
+    async with a_line(**SIGNED) as line:
+        twilio = await line.caller().calls()
+        await line.openai.session()
+        await until(lambda: line.hooks.calls, why="the call to start")
+        line.hooks.calls[0].hang_up()
+        assert "<Hangup/>" in await twilio.next()
+
+
+@pytest.mark.parametrize("base", ["https://mycompany.com", "https://mycompany.com:443", "https://mycompany.com:8443"])
+async def test_the_webhooks_signature_may_be_made_with_or_without_the_port(base: str) -> None:
+    async with a_line(**{**SIGNED, "public_base_url": base}) as line:
+        form = {"CallSid": "CA1", "Empty": "", "Name": "鈴木 &+"}
+        for host in {base.removeprefix("https://"), "mycompany.com", "mycompany.com:443"}:
+            headers = signed(f"https://{host}/twilio/voice?x=%20y", form)
+            answer = await http(line.port, "POST", "/twilio/voice?x=%20y", urlencode(form), headers)
+            assert answer[0] == 200, host
+
+
+async def test_a_signature_covers_every_value_of_a_name_that_comes_twice() -> None:
+    class Pairs(dict[str, list[str]]):
+        getlist = dict.__getitem__
+
+    async with a_line(**SIGNED) as line:
+        headers = signed("https://mycompany.com/twilio/voice", Pairs(CallSid=["CA1"], Digit=["2", "1", "2"]))
+        answer = await http(line.port, "POST", "/twilio/voice", "CallSid=CA1&Digit=2&Digit=1&Digit=2", headers)
+        assert answer[0] == 200
+
+
+async def test_a_webhook_signed_with_a_shared_key_is_let_in() -> None:
+    async with a_line(**SIGNED) as line:
+        headers = signed("https://mycompany.com/twilio/voice", {"CallSid": "CA1"}, algorithm="HMAC_SHA256")
+        settings = "X-Twilio-Webhooks-Signature-Settings"
+        for algorithm, status in (("HMAC_SHA256", 200), ("HMAC_SHA1", 403), ("HMAC_MD5", 403)):
+            headers[settings] = f"key=webhooks_sharedkey_1,algorithm={algorithm}"
+            assert (await http(line.port, "POST", "/twilio/voice", "CallSid=CA1", headers))[0] == status
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-Twilio-Signature": "ü"},
+        signed("https://mycompany.com/twilio/voice", {"CallSid": "CA1"}, token="another"),
+        signed("https://mycompany.com/twilio/voice", {"CallSid": "CA2"}),
+        signed("https://mycompany.com/twilio/voice/", {"CallSid": "CA1"}),
+        signed("http://mycompany.com/twilio/voice", {"CallSid": "CA1"}),
+        signed("wss://mycompany.com/twilio/voice", {"CallSid": "CA1"}),
+        {**signed("https://mycompany.com/twilio/voice", {"CallSid": "CA1"}), "Origin": "https://evil.example"},
+    ],
+)
+async def test_a_webhook_that_twilio_has_not_signed_gets_403_and_the_log_says_what_to_set(
+    headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_line(**SIGNED) as line:
+        for path in ("/twilio/voice", "/twilio/next"):
+            status, _, body = await http(line.port, "POST", path, "CallSid=CA1", headers)
+            assert status == 403 and "12345" not in body
+        assert not line.bridge.calls
+    (record, _) = (r for r in caplog.records if "403" in r.message)
+    assert re.search("X-Twilio-Signature|TWILIO_AUTH_TOKEN|evil", record.message) and "12345" not in record.message
+
+
+async def test_a_stream_without_the_right_signature_is_refused_before_it_is_open() -> None:
+    async with a_line(**SIGNED) as line:
+        for token in ("", "wrong"):
+            with pytest.raises(InvalidStatus) as refused:
+                await line.caller(auth_token=token).connects()
+            assert refused.value.response.status_code == 403
+
+
+@pytest.mark.parametrize("token", ["", "9999999999.abc", "1.0"])
+async def test_a_stream_that_does_not_bring_the_token_of_its_call_is_closed_and_nothing_is_dialled(token: str) -> None:
+    async with a_line() as line:
+        stranger = await line.caller(token=token).connects()
+        stranger.parameters = {"token": token}
+        await stranger.starts()
+        await asyncio.wait_for(stranger.socket.wait_closed(), 2)
+        assert stranger.socket.close_code == 1008
+        assert not line.openai.sessions and not line.hooks.told
+
+
+async def test_a_token_is_good_for_its_own_call_only() -> None:
+    async with a_line() as line:
+        one, other = await line.caller().dials(), await line.caller().dials()
+        one.parameters = other.parameters
+        await (await one.connects()).starts()
+        await asyncio.wait_for(one.socket.wait_closed(), 2)
+        assert one.socket.close_code == 1008
+
+
+async def test_a_token_is_good_once() -> None:
+    async with a_call() as (twilio, _, line):
+        again = line.caller()
+        again.sid, again.parameters = twilio.sid, twilio.parameters
+        await (await again.connects()).starts()
+        await asyncio.wait_for(again.socket.wait_closed(), 2)
+        assert again.socket.close_code == 1008 and not twilio.socket.close_code
+
+
+async def test_a_token_is_good_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bridge.TOKEN_S == 60
+    monkeypatch.setattr(bridge, "TOKEN_S", -1)
+    async with a_line() as line:
+        twilio = await line.caller().dials()
+        await (await twilio.connects()).starts()
+        await asyncio.wait_for(twilio.socket.wait_closed(), 2)
+        assert twilio.socket.close_code == 1008
+
+
+async def test_a_stream_that_sends_no_start_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "START_TIMEOUT_S", 0.2)
+    async with a_line() as line:
+        silent = await line.caller().connects()
+        await silent.sends({"event": "media", "media": {"payload": "////"}})
+        await asyncio.wait_for(silent.socket.wait_closed(), 2)
+        assert not line.openai.sessions
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "Fly-Client-IP", "x-forwarded-proto", "Via"])
+async def test_without_an_auth_token_only_this_computer_itself_may_call(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_line() as line:
+        assert (await http(line.port, "POST", "/twilio/voice", FORM, {name: "1.2.3.4"}))[0] == 403
+        assert (await http(line.port, "GET", "/health", headers={name: "1.2.3.4"}))[0] == 200
+        assert not line.bridge.calls
+    assert "TWILIO_AUTH_TOKEN is not set" in caplog.text
+
+
+async def test_a_page_of_another_site_may_not_use_the_telephone() -> None:
+    async with a_line() as line:
+        rebound = {"Host": "evil.example", "Origin": "http://evil.example"}  # a name that was made to point here
+        for headers in ({"Origin": "https://evil.example"}, rebound, {"Origin": "null"}):
+            assert (await http(line.port, "POST", "/twilio/voice", FORM, headers))[0] == 403
+        own = f"http://127.0.0.1:{line.port}"
+        assert (await http(line.port, "POST", "/twilio/voice", FORM, {"Origin": own}))[0] == 200
+
+
+async def test_further_callers_than_max_calls_hear_that_the_line_is_busy_and_disturb_nobody() -> None:
+    async with a_call(max_calls=1) as (twilio, openai, line):
+        answer = await line.caller().post("/twilio/voice")
+        assert "<Say" in answer and "<Hangup/>" in answer and "<Stream" not in answer
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        assert len(line.openai.sessions) == 1
+
+
+# ── Dialling the model ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_model_is_dialled_at_the_webhook_and_speaks_as_soon_as_the_stream_opens() -> None:
+    async with a_line() as line:
+        twilio = await line.caller().dials()
+        openai = await line.openai.session()
+        greeting = await openai.gets("response.create")
+        assert line.bridge.settings.greeting in greeting["response"]["instructions"]
+        item = await openai.says(voice(400))
+        await openai.caught_up()
+        await (await twilio.connects()).starts()
+        await until(lambda: twilio.heard_so_far() == voice(400))
+        assert line.hooks.events()[:4] == ["call_started", "model_asked", "model_used", "model_spoke"]
+        assert line.hooks.told[1][1] < line.hooks.told[0][1]  # the time at which it was asked
+        assert openai.audio[item] == 3200
+        await twilio.hangs_up()
+
+
+async def test_a_webhook_that_is_delivered_twice_is_one_call() -> None:
+    async with a_line() as line:
+        twilio = line.caller()
+        first, second = await twilio.post("/twilio/voice"), await twilio.post("/twilio/voice")
+        assert first == second
+        await twilio.calls()
+        await line.openai.session()
+        await asyncio.sleep(0.05)
+        assert len(line.openai.sessions) == 1
+        await twilio.hangs_up()
+
+
+async def test_a_model_that_no_stream_comes_for_is_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "UNCLAIMED_S", 0.2)
+    async with a_line() as line:
+        await line.caller().dials()
+        openai = await line.openai.session()
+        await until(lambda: openai.socket.close_code, 2)
+        assert not line.hooks.told
+
+
+async def test_a_stream_whose_webhook_went_to_another_machine_is_served_all_the_same() -> None:
+    async with a_line(**SIGNED) as one, a_line(**SIGNED) as other:
+        twilio = await one.caller().dials()
+        twilio.port = other.port
+        await (await twilio.connects()).starts()
+        openai = await other.openai.session()
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        assert (other.hooks.calls[0].caller, other.hooks.calls[0].called) == (CALLER, CALLED)
+        await twilio.hangs_up()
+        twilio.port = one.port
+        assert "<Hangup/>" in await twilio.post("/twilio/next")
+
+
+# ── The session ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_session_is_set_up_in_ga_form_for_a_telephone() -> None:
+    async with a_line() as line:
+        await line.caller().dials()
+        openai = await line.openai.session()
+        assert line.openai.paths == ["/v1/realtime?model=gpt-realtime-2.1"]
+        assert openai.headers["Authorization"] == "Bearer sk-secret" and "OpenAI-Beta" not in openai.headers
+        session = openai.received[0]["session"]
+        pcmu = {"type": "audio/pcmu"}
+        assert session["audio"]["input"].pop("turn_detection")["type"] == "server_vad"
+        assert session["audio"] == {
+            "input": {"format": pcmu, "transcription": {"model": "gpt-transcribe"}},
+            "output": {"format": pcmu, "voice": "marin"},
+        }
+        assert session["output_modalities"] == ["audio"]
+        assert session["reasoning"] == {"effort": "low"}
+
+
+def test_reasoning_is_set_only_for_models_that_reason() -> None:
+    for model, reasons in {"gpt-realtime": False, "gpt-realtime-1.5": False, "gpt-realtime-2.1-mini": True}.items():
+        assert ("reasoning" in bridge.session_update(bridge.Settings(openai_realtime_model=model), [])) is reasons
+
+
+def test_session_is_a_merge_patch_over_the_session() -> None:
+    patch = json.loads(
+        '{"audio":{"input":{"transcription":null,"noise_reduction":{"type":"near_field"}}},"tracing":"auto"}'
+    )
+    session = bridge.session_update(bridge.Settings(session=patch), [])
+    assert "transcription" not in session["audio"]["input"] and session["audio"]["output"]["voice"] == "marin"
+    assert session["audio"]["input"]["noise_reduction"] == {"type": "near_field"} and session["tracing"] == "auto"
+
+
+async def test_when_the_transcription_is_refused_the_session_goes_on_without_it() -> None:
+    async with a_line(greeting="") as line:
+        line.openai.refuses_transcription = True
+        line.openai.expected_errors = {"invalid_value"}
+        twilio = await line.caller().calls()
+        openai = await line.openai.session()
+        again = await openai.gets("session.update")
+        assert "transcription" not in again["session"]["audio"]["input"]
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        await twilio.hangs_up()
+
+
+async def hears_an_apology(line: Line, twilio: PretendTwilio, within_s: float = 5) -> None:
+    await asyncio.wait_for(twilio.socket.wait_closed(), within_s)
+    answer = await twilio.next()
+    assert re.search(r'<Say language="ja-JP">申し訳.*</Say><Hangup/>', answer), answer
+    assert line.hooks.facts("call_ended") == [{"reason": "model lost"}]
+    assert twilio.faults == []
+
+
+async def test_a_session_with_another_audio_format_is_never_played_as_noise() -> None:
+    async with a_line() as line:
+        line.openai.grants = "audio/pcm"
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert twilio.received == []
+        assert "audio/pcm as input format" in line.hooks.facts("model_failed")[0]["error"]
+
+
+async def test_a_session_that_openai_refuses_ends_in_an_apology() -> None:
+    async with a_line(session={"made_up": 1}) as line:
+        line.openai.expected_errors = {"unknown_parameter"}
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert "made_up" in line.hooks.facts("model_failed")[0]["error"]
+
+
+# ── Relaying ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_callers_voice_reaches_the_model_unchanged() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(500, 1), 20)
+        await twilio.speaks(voice(503, 2), 37)  # Twilio does not promise frames of 20 ms
+        await until(lambda: len(openai.heard) >= 8 * 1003)
+        assert openai.heard == voice(500, 1) + voice(503, 2)
+
+
+async def test_the_models_voice_reaches_the_caller_unchanged() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        await openai.speaks(voice(333, 1), delta_ms=111)
+        await openai.speaks(voice(251, 2), delta_ms=1000, name="audio")  # the beta's name of the delta
+        await openai.ends()
+        await until(lambda: twilio.heard_so_far() == voice(333, 1) + voice(251, 2))
+
+
+async def test_what_the_caller_says_while_the_session_is_being_set_up_is_kept() -> None:
+    async with a_line(greeting="") as line:
+        opens = asyncio.Event()
+
+        async def slow(session: PretendSession) -> None:
+            await opens.wait()
+            await session.run()
+
+        line.openai.on_dial = slow
+        twilio = await line.caller().calls()
+        await twilio.speaks(voice(1000, 3))
+        await asyncio.sleep(0.1)
+        opens.set()
+        openai = await line.openai.session()
+        await twilio.speaks(voice(200, 4))
+        await until(lambda: len(openai.heard) >= 8 * 1200)
+        assert openai.heard == voice(1000, 3) + voice(200, 4)
+        await twilio.hangs_up()
+
+
+async def test_more_than_30_s_without_a_session_drop_the_oldest_and_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_line(greeting="") as line:
+        opens = asyncio.Event()
+
+        async def slow(session: PretendSession) -> None:
+            await opens.wait()
+            await session.run()
+
+        line.openai.on_dial = slow
+        twilio = await line.caller().calls()
+        await twilio.speaks(voice(31_000, 5), 100)
+        await asyncio.sleep(0.2)
+        opens.set()
+        openai = await line.openai.session()
+        await until(lambda: len(openai.heard) >= 8 * 30_000)
+        assert openai.heard == voice(31_000, 5)[8 * 1000 :]
+        await twilio.hangs_up()
+    assert "1000 ms of the caller's audio never reached the model" in caplog.text
+
+
+async def test_a_message_in_another_form_or_in_several_frames_is_the_same_message() -> None:
+    async with a_call() as (twilio, openai, _):
+        media = {"payload": b64(voice(20, 1)), "timestamp": "0", "track": "inbound"}
+        text = json.dumps({"streamSid": twilio.stream_sid, "media": media, "event": "media"}, indent=1)
+        await twilio.socket.send(text)
+        await twilio.socket.send([text.replace('"0"', '"20"')[:50], text.replace('"0"', '"20"')[50:]])
+        await twilio.socket.send(text.replace('"0"', '"40"').replace("/", "\\/"))
+        await until(lambda: openai.heard == voice(20, 1) * 3)
+
+
+async def test_two_calls_at_once_are_kept_apart() -> None:
+    async with a_call() as (one, one_openai, line):
+        other = await line.caller().calls()
+        other_openai = await line.openai.session()
+        await one.speaks(voice(300, 1))
+        await other.speaks(voice(300, 2))
+        await one_openai.says(voice(200, 3))
+        await other_openai.says(voice(200, 4))
+        await until(lambda: one.heard_so_far() == voice(200, 3) and other.heard_so_far() == voice(200, 4))
+        assert (one_openai.heard, other_openai.heard) == (voice(300, 1), voice(300, 2))
+        await other.hangs_up()
+
+
+async def test_a_message_that_is_not_as_documented_is_logged_and_the_call_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.socket.send("not json")
+        await twilio.sends({"event": "media"})
+        await twilio.sends({"event": "a new one"})
+        await openai.sends("response.output_audio.delta")
+        await openai.sends("a.new.one")
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+    assert caplog.text.count("could not be handled") == 3
+
+
+# ── The greeting ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_greeting_is_asked_for_once_also_when_the_caller_speaks_at_the_same_moment() -> None:
+    async with a_call(greeting="もしもし") as (twilio, openai, _):
+        await openai.speaks(voice(600))
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        item = await openai.hears_speech()
+        await openai.hears_silence(item, "もしもし")
+        await openai.says(voice(100, 2))
+        await until(lambda: twilio.heard_so_far().endswith(voice(100, 2)))
+        assert openai.creates == 1
+
+
+async def test_the_greeting_comes_before_the_callers_audio_on_the_wire() -> None:
+    async with a_line(greeting="もしもし") as line:
+        line.openai.answers_creates = False
+        opens, order = asyncio.Event(), []
+
+        async def slow(session: PretendSession) -> None:
+            await opens.wait()
+            takes = session.takes
+
+            async def noted(text: Any) -> None:
+                order.append(json.loads(text)["type"])
+                await takes(text)
+
+            session.takes = noted  # type: ignore[method-assign]
+            await session.run()
+
+        line.openai.on_dial = slow
+        twilio = await line.caller().calls()
+        await twilio.speaks(voice(60))
+        opens.set()
+        await until(lambda: len(order) == 5)
+        assert order == ["session.update", "response.create"] + ["input_audio_buffer.append"] * 3
+        await twilio.hangs_up()
+
+
+# ── Playback and barge-in ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_mark_is_sent_behind_at_most_200_ms_of_speech() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(1000))
+        await until(lambda: len(twilio.sent_to_it()) == 8000)
+        await openai.caught_up()
+        events = [message["event"] for message in twilio.received]
+        assert events == ["media", "mark"] * (len(events) // 2)
+        sizes = [len(base64.b64decode(m["media"]["payload"])) for m in twilio.received if m["event"] == "media"]
+        assert max(sizes) <= 1600
+        names = [m["mark"]["name"] for m in twilio.received if m["event"] == "mark"]
+        assert len(set(names)) == len(names)
+
+
+async def test_barge_in_clears_the_playback_and_truncates_at_what_was_heard() -> None:
+    async with a_call() as (twilio, openai, line):
+        item = await openai.says(voice(2000), "長い返事です。")
+        await until(lambda: len(twilio.heard_so_far()) > 5000)
+        await openai.hears_speech()
+        truncate = await openai.gets("conversation.item.truncate")
+        heard_ms = len(twilio.heard_so_far()) / 8
+        assert truncate["item_id"] == item and truncate["content_index"] == 0
+        assert abs(truncate["audio_end_ms"] - heard_ms) < 40
+        await openai.caught_up()
+        assert twilio.clears == 1 and openai.types() == ["session.update", "conversation.item.truncate"]
+        (interrupted,) = line.hooks.facts("model_interrupted")
+        assert interrupted == {"heard_ms": truncate["audio_end_ms"], "sent_ms": 2000}
+        assert line.hooks.facts("model_said") == [{"text": "長い返事です。", "heard_ms": truncate["audio_end_ms"]}]
+
+
+async def test_barge_in_within_the_first_piece_is_told_by_the_clock() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(1000))
+        await until(lambda: len(twilio.heard_so_far()) > 600)
+        await openai.hears_speech()
+        truncate = await openai.gets("conversation.item.truncate")
+        assert abs(truncate["audio_end_ms"] - len(twilio.heard_so_far()) / 8) < 40
+
+
+async def test_of_several_items_each_is_truncated_at_what_was_heard_of_it() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        first = await openai.speaks(voice(300, 1))
+        second = await openai.speaks(voice(600, 2))
+        third = await openai.speaks(voice(500, 3))
+        await openai.ends()
+        await until(lambda: len(twilio.heard_so_far()) > 500 * 8)
+        await openai.hears_speech()
+        await openai.caught_up()
+        (at_second, at_third) = openai.truncates()
+        assert at_second[0] == second and abs(at_second[1] - (len(twilio.heard_so_far()) / 8 - 300)) < 40
+        assert at_third == (third, 0)
+        assert first not in dict(openai.truncates())
+
+
+async def test_what_still_comes_of_an_interrupted_answer_is_dropped() -> None:
+    async with a_call() as (twilio, openai, line):
+        response = await openai.begins()
+        item = await openai.speaks(voice(600, 1))
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await openai.speaks(voice(600, 2), item)
+        late = await openai.speaks(voice(600, 3))
+        await openai.ends("cancelled", reason="turn_detected")
+        await openai.hears_silence("u1")
+        assert openai.response != response
+        await openai.says(voice(200, 4))
+        await until(lambda: twilio.heard_so_far().endswith(voice(200, 4)))
+        assert len(twilio.sent_to_it()) == 8 * 800
+        assert [item_id for item_id, _ in openai.truncates()] == [item, late]
+        assert dict(openai.truncates())[late] == 0
+        assert line.hooks.facts("model_said")[-1]["heard_ms"] is None
+
+
+async def test_the_next_answer_plays_from_its_first_byte_and_is_measured_from_there() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(2000, 1))
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        item = await openai.hears_speech()
+        await openai.hears_silence(item)
+        await until(lambda: twilio.clears)
+        before = len(twilio.heard_so_far())
+        second = await openai.says(voice(2000, 2))
+        await until(lambda: len(twilio.heard_so_far()) > before + 2400)
+        await openai.hears_speech()
+        await openai.caught_up()
+        truncated, at_ms = openai.truncates()[1]
+        assert truncated == second and abs(at_ms - (len(twilio.heard_so_far()) - before) / 8) < 40
+        assert twilio.heard[before:] == voice(2000, 2)[: len(twilio.heard) - before]
+
+
+async def test_marks_that_clear_returns_are_not_taken_for_speech_that_was_heard() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(2000, 1), "一つ目")
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        await openai.hears_speech()
+        await until(lambda: not twilio.marks)
+        await openai.hears_silence("u")
+        item = await openai.says(voice(1000, 2))
+        await openai.caught_up()
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert openai.truncates()[1][0] == item and openai.truncates()[1][1] < 200
+        assert line.hooks.facts("model_said")[0]["heard_ms"] < 300
+
+
+async def test_when_nothing_is_playing_a_caller_who_speaks_causes_nothing() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(200), "短い返事")
+        await until(lambda: line.hooks.facts("model_said") == [{"text": "短い返事", "heard_ms": None}])
+        before = len(twilio.received)
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert len(twilio.received) == before and openai.types() == ["session.update"]
+        assert not line.hooks.facts("model_interrupted")
+
+
+async def test_an_answer_that_has_not_sounded_yet_is_dropped_and_the_one_before_it_is_not_truncated() -> None:
+    async with a_call() as (twilio, openai, _):
+        before = await openai.says(voice(200, 1))
+        await until(lambda: twilio.heard_so_far() == voice(200, 1))
+        await openai.caught_up()
+        await openai.begins()
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await openai.speaks(voice(200, 2))
+        await openai.ends("cancelled", reason="turn_detected")
+        await openai.caught_up()
+        assert twilio.sent_to_it() == voice(200, 1) and twilio.clears == 0
+        assert before not in dict(openai.truncates())
+
+
+async def test_openai_cancels_by_itself_and_the_bridge_sends_no_cancel() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        await openai.speaks(voice(1000))
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert "response.cancel" not in openai.types()
+
+
+NO_INTERRUPT = {"audio": {"input": {"turn_detection": {"interrupt_response": False}}}}
+
+
+async def test_where_openai_does_not_interrupt_the_bridge_cancels_once_and_by_id() -> None:
+    async with a_call(session=NO_INTERRUPT) as (twilio, openai, _):
+        response = await openai.begins()
+        await openai.speaks(voice(1000))
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        await openai.hears_speech("u1")
+        assert await openai.gets("response.cancel") == {"type": "response.cancel", "response_id": response}
+        await openai.hears_silence("u1")
+        await openai.says(voice(400, 2))  # complete: there is nothing to cancel in what still plays
+        await until(lambda: len(twilio.marks) > 0)
+        await openai.hears_speech("u2")
+        await openai.caught_up()
+        assert openai.types().count("response.cancel") == 1 and twilio.clears == 2
+
+
+async def test_an_answer_that_begins_while_the_caller_is_speaking_is_cancelled() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.hears_speech()
+        response = await openai.begins()
+        assert await openai.gets("response.cancel") == {"type": "response.cancel", "response_id": response}
+        await openai.caught_up()
+        assert twilio.received == []
+
+
+# ── Holes in the caller's audio ─────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_jump_of_the_timestamps_is_filled_with_silence() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(100, 1))
+        twilio.timestamp_ms += 1300
+        await twilio.speaks(voice(100, 2))
+        await until(lambda: len(openai.heard) >= 8 * 1500)
+        assert openai.heard == voice(100, 1) + b"\xff" * 8 * 1300 + voice(100, 2)
+
+
+async def test_when_frames_stop_while_the_caller_speaks_silence_lets_the_turn_end() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(100, 1))
+        await openai.hears_speech("u1")
+        await until(lambda: len(openai.heard) >= 8 * (100 + 700), 2)
+        await openai.hears_silence("u1")
+        await openai.caught_up()
+        length = len(openai.heard)
+        await asyncio.sleep(0.9)
+        assert len(openai.heard) == length, "silence only while the caller is speaking"
+        assert set(openai.heard[800:]) == {0xFF}
+
+
+async def test_a_late_burst_is_not_padded_a_second_time() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(100, 1))
+        await openai.hears_speech("u1")
+        await until(lambda: len(openai.heard) > 800, 2)
+        silence = len(openai.heard) - 800
+        await openai.hears_silence("u1")
+        await twilio.speaks(voice(700, 2))  # all that was missing, with continuous timestamps
+        twilio.timestamp_ms += 100  # a real hole, but the model's ears are ahead by more than that
+        await twilio.speaks(voice(100, 3))
+        await until(lambda: len(openai.heard) >= 900 * 8 + silence)
+        await openai.caught_up()
+        assert openai.heard == voice(100, 1) + b"\xff" * silence + voice(700, 2) + voice(100, 3)
+
+
+# ── Never silence ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def a_little_talk(twilio: PretendTwilio, openai: PretendSession) -> None:
+    """The caller asks, the model answers, and the caller interrupts it half way."""
+    await openai.hears_speech("u1")
+    await openai.hears_silence("u1", "明日の天気は。")
+    await openai.says(voice(1000, 1), "0123456789")
+    await until(lambda: len(twilio.heard_so_far()) > 4000)
+    await openai.hears_speech("u2")
+    await openai.gets("conversation.item.truncate")
+    await openai.hears_silence("u2", "東京です。")
+    await openai.caught_up()
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1012])
+async def test_a_lost_session_is_dialled_again_with_what_was_said_and_heard(code: int) -> None:
+    async with a_call() as (twilio, openai, line):
+        await a_little_talk(twilio, openai)
+        if code == 1006:
+            openai.socket.transport.abort()
+        else:
+            await openai.socket.close(code)
+        again = await line.openai.session(within_s=2)
+        texts = [(await again.gets("conversation.item.create"))["item"] for _ in range(3)]
+        assert [item["role"] for item in texts] == ["user", "assistant", "user"]
+        assert [item["content"][0]["type"] for item in texts] == ["input_text", "output_text", "input_text"]
+        said = [item["content"][0]["text"] for item in texts]
+        assert said[0] == "明日の天気は。" and said[2] == "東京です。" and re.fullmatch("01234?5?6?", said[1])
+        await again.gets("response.create")  # the caller waits for an answer
+        before = len(twilio.heard_so_far())
+        await again.says(voice(200, 2))
+        await until(lambda: twilio.heard_so_far()[before:] == voice(200, 2))
+        assert not twilio.socket.close_code
+
+
+async def test_what_the_caller_says_while_the_model_is_being_dialled_again_reaches_it_once() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(400, 1))
+        await until(lambda: openai.heard == voice(400, 1))
+        openai.socket.transport.abort()
+        await until(lambda: not line.hooks.calls[0].ready)
+        await twilio.speaks(voice(400, 2))
+        again = await line.openai.session()
+        await twilio.speaks(voice(400, 3))
+        await until(lambda: len(again.heard) >= 8 * 1200)
+        assert again.heard == voice(400, 1) + voice(400, 2) + voice(400, 3)  # the whole unfinished sentence
+        assert again.types() == ["session.update"]  # it is still the caller's turn
+
+
+async def test_a_turn_that_was_answered_is_not_heard_again_by_the_next_session() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(400, 1))
+        await until(lambda: openai.heard == voice(400, 1))
+        await openai.hears_silence("u1", "はい")
+        await openai.says(voice(100))
+        await twilio.speaks(voice(100, 2))
+        await until(lambda: line.hooks.facts("model_said"))
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(100, 2))
+        assert "response.create" not in again.types()
+
+
+async def test_what_twilio_has_queued_of_a_lost_session_is_played_to_its_end_but_never_truncated() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.speaks(voice(600, 1))
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        assert (await again.gets("conversation.item.create"))["item"]["role"] == "assistant" if again.seen > 1 else True
+        await again.gets("response.create")  # half an answer is no answer
+        await again.hears_speech("u1")
+        await again.caught_up()
+        assert again.truncates() == [] and twilio.clears == 1
+
+
+async def test_a_second_loss_within_10_s_ends_in_an_apology() -> None:
+    async with a_call() as (twilio, openai, line):
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.says(voice(300))
+        await again.caught_up()
+        again.socket.transport.abort()
+        await hears_an_apology(line, twilio)
+        assert twilio.heard_so_far() == voice(300), "what was queued is heard out"
+
+
+async def test_a_greeting_that_was_never_heard_is_asked_for_again_by_the_next_session() -> None:
+    async with a_call(greeting="もしもし") as (_, openai, line):
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        assert "もしもし" in (await again.gets("response.create"))["response"]["instructions"]
+
+
+@pytest.mark.parametrize(
+    ("code", "close_code"), [("invalid_api_key", 3000), ("invalid_model", 4000), ("model_not_found", 4004)]
+)
+async def test_a_model_that_cannot_be_had_is_not_dialled_again_and_ends_in_an_apology(
+    code: str, close_code: int
+) -> None:
+    async with a_line() as line:
+
+        async def refuse(session: PretendSession) -> None:
+            await session.refuses(code, "no")
+            await session.socket.close(close_code, f"invalid_request_error.{code}")
+
+        line.openai.on_dial = refuse
+        line.openai.expected_errors = {code}
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert len(line.openai.sessions) == 1
+
+
+async def test_a_close_code_alone_is_enough_to_know_that_the_model_cannot_be_had() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.socket.close(4004, "model_not_found")
+        await hears_an_apology(line, twilio)
+
+
+async def test_a_quota_that_is_used_up_in_the_middle_ends_in_an_apology() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.ends("failed", error={"code": "insufficient_quota", "message": "You exceeded your current quota"})
+        await hears_an_apology(line, twilio)
+
+
+async def test_a_model_that_cannot_be_reached_for_8_s_ends_in_an_apology(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bridge.SESSION_TIMEOUT_S == 8
+    monkeypatch.setattr(bridge, "SESSION_TIMEOUT_S", 0.7)
+    async with a_line(openai_realtime_url="ws://127.0.0.1:9/v1/realtime") as line:
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+    async with a_line() as line:
+
+        async def silent(session: PretendSession) -> None:
+            await session.socket.wait_closed()
+
+        line.openai.on_dial = silent
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+
+
+async def test_a_server_that_comes_up_a_moment_late_is_dialled_until_it_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/v1/realtime", greeting="") as line:
+        twilio = await line.caller().calls()
+        await asyncio.sleep(0.2)
+        async with serve(line.openai.handle, "127.0.0.1", port):
+            openai = await line.openai.session()
+            await openai.says(voice(100))
+            await until(lambda: twilio.heard_so_far() == voice(100))
+            await twilio.hangs_up()
+            await until(lambda: openai.socket.close_code)
+
+
+async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an_apology(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.2))
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        for _ in range(2):
+            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            assert await openai.gets("response.create") == {"type": "response.create"}
+            await until(lambda: openai.response)
+        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await hears_an_apology(line, twilio)
+
+
+async def test_an_answer_that_fails_once_is_spoken_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.2))
+    async with a_call(greeting="もしもし") as (twilio, openai, _):
+        for _ in range(2):
+            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            assert "もしもし" in (await openai.gets("response.create"))["response"]["instructions"]
+            await until(lambda: openai.response)
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+
+
+async def test_most_errors_are_told_to_the_hooks_and_the_call_goes_on() -> None:
+    async with a_call() as (twilio, openai, line):
+        for code in ("response_cancel_not_active", "invalid_value", "conversation_already_has_active_response", None):
+            await openai.sends("error", error={"type": "x", "code": code, "message": "something", "event_id": None})
+        await openai.begins()
+        await openai.ends("incomplete", reason="max_output_tokens")
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        assert all("the call goes on" in facts["error"] for facts in line.hooks.facts("model_failed"))
+        assert len(line.hooks.facts("model_failed")) == 5
+
+
+# ── Answering: who asks the model to speak ──────────────────────────────────────────────────────────────────────
+
+
+def a_function_call(
+    name: str, arguments: str = "{}", call_id: str = "call_1", status: str = "completed"
+) -> dict[str, Any]:
+    item = {"id": f"item_{call_id}", "type": "function_call", "status": status, "name": name}
+    return {**item, "call_id": call_id, "arguments": arguments}
+
+
+async def calls_tools(openai: PretendSession, *calls: dict[str, Any], status: str = "completed") -> None:
+    for call in calls:
+        await openai.sends("response.output_item.done", response_id=openai.response, item=call)
+    await openai.ends(status, output=list(calls))
+
+
+async def test_several_tools_run_side_by_side_and_then_the_model_is_asked_once() -> None:
+    async with a_call() as (_, openai, line):
+        both = asyncio.Barrier(2)
+
+        async def results(call: Any, name: str, arguments: str) -> str:
+            await both.wait()
+            return f"{name} {arguments} for {call.sid}"
+
+        line.hooks.results = results
+        await openai.begins()
+        one, other = a_function_call("a", '{"x":1}', "c1"), a_function_call("b", "{}", "c2")
+        await calls_tools(openai, one, other)
+        outputs = [(await openai.gets("conversation.item.create"))["item"] for _ in range(2)]
+        assert {(item["type"], item["call_id"]) for item in outputs} == {
+            ("function_call_output", "c1"),
+            ("function_call_output", "c2"),
+        }
+        assert sorted(item["output"] for item in outputs)[0] == f'a {{"x":1}} for {line.hooks.calls[0].sid}'
+        assert await openai.gets("response.create") == {"type": "response.create"}
+        await openai.says(voice(20))
+        await openai.caught_up()
+        assert openai.creates == 1
+        assert {facts["name"] for facts in line.hooks.facts("tool_used")} == {"a", "b"}
+
+
+async def test_a_tool_holds_up_neither_audio_nor_barge_in() -> None:
+    async with a_call() as (twilio, openai, line):
+        done = asyncio.Event()
+
+        async def results(call: Any, name: str, arguments: str) -> str:
+            await done.wait()
+            return "done"
+
+        line.hooks.results = results
+        await openai.begins()
+        await openai.speaks(voice(1000))
+        await calls_tools(openai, a_function_call("slow"))
+        await twilio.speaks(voice(100))
+        await until(lambda: openai.heard == voice(100))
+        await openai.hears_speech("u1")
+        await openai.gets("conversation.item.truncate")
+        done.set()
+        await openai.gets("conversation.item.create")
+        await openai.caught_up()
+        assert openai.creates == 0, "the caller is in the middle of a sentence"
+        await openai.hears_silence("u1")
+        await openai.gets("response.create")
+
+
+async def test_tools_of_a_cancelled_answer_and_incomplete_calls_are_never_run() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.begins()
+        await calls_tools(openai, a_function_call("a"), status="cancelled")
+        await openai.begins()
+        await calls_tools(openai, a_function_call("a", '{"x', status="incomplete"))
+        await openai.caught_up()
+        assert openai.types() == ["session.update"] and not line.hooks.facts("tool_used")
+
+
+async def test_an_answer_that_openai_began_by_itself_is_waited_for_and_makes_an_earlier_wish_needless() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.begins()
+        line.hooks.calls[0].tell_model("ボタン1が押されました。")
+        item = (await openai.gets("conversation.item.create"))["item"]
+        assert item["role"] == "system" and item["content"][0]["text"] == "ボタン1が押されました。"
+        await openai.caught_up()
+        assert openai.creates == 0
+        await openai.ends()
+        await openai.gets("response.create")
+
+
+async def test_keys_reach_the_hooks() -> None:
+    async with a_call() as (twilio, _, line):
+        for key in "1*#":
+            await twilio.presses(key)
+        await until(lambda: [facts["key"] for facts in line.hooks.facts("key_pressed")] == ["1", "*", "#"])
+
+
+# ── The end ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_when_the_caller_hangs_up_the_model_is_hung_up_within_a_second() -> None:
+    for way in ("stop", "close", "abort"):
+        async with a_call() as (twilio, openai, line):
+            await openai.says(voice(1000))
+            if way == "stop":
+                await twilio.sends({"event": "stop", "streamSid": twilio.stream_sid, "stop": {}})
+            elif way == "close":
+                await twilio.socket.close()
+            else:
+                twilio.socket.transport.abort()
+            await until(lambda: openai.socket.close_code, 1)
+            await until(lambda: line.hooks.events()[-1] == "call_ended", 1)
+        assert line.hooks.events().count("call_ended") == line.hooks.events().count("call_started") == 1
+        assert len(asyncio.all_tasks()) == 1, "no task outlives its call"
+
+
+async def test_a_caller_who_hangs_up_while_the_model_is_being_dialled_leaves_nothing_behind() -> None:
+    async with a_line() as line:
+        line.openai.on_dial = lambda session: session.socket.wait_closed()
+        twilio = await line.caller().calls()
+        await until(lambda: line.openai.sessions)
+        await twilio.hangs_up()
+        await until(lambda: line.openai.sessions[0].socket.close_code, 1)
+
+
+async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.speaks(voice(500))
+        line.hooks.calls[0].hang_up()
+        await openai.speaks(voice(300, 2))
+        await openai.ends()
+        assert "<Hangup/>" in await twilio.next()
+        assert twilio.heard_so_far() == voice(500) + voice(300, 2)
+        assert line.hooks.facts("call_ended") == [{"reason": "hung up"}]
+
+
+async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(500))
+        line.hooks.calls[0].hang_up()
+        await openai.hears_speech("u1")
+        await openai.gets("conversation.item.truncate")
+        await openai.hears_silence("u1")
+        await openai.says(voice(100))
+        await asyncio.sleep(0.2)
+        assert not twilio.socket.close_code
+
+
+async def test_a_transfer_dials_the_number_after_the_last_words() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(200))
+        with pytest.raises(ValueError, match="E.164"):
+            line.hooks.calls[0].transfer("</Dial><Play>")
+        line.hooks.calls[0].transfer("+81312345678")
+        assert "<Response><Dial>+81312345678</Dial></Response>" in await twilio.next()
+        assert twilio.heard_so_far() == voice(200)
+
+
+async def test_a_call_ends_politely_after_max_call_seconds() -> None:
+    async with a_call(max_call_seconds=0.5) as (twilio, openai, line):
+        await openai.says(voice(700))
+        answer = await twilio.next()
+        assert "<Say" in answer and "<Hangup/>" in answer and twilio.heard_so_far() == voice(700)
+        assert line.hooks.facts("call_ended") == [{"reason": "time limit"}]
+
+
+async def test_a_call_that_the_bridge_does_not_know_is_hung_up() -> None:
+    async with a_line() as line:
+        assert (await line.caller().post("/twilio/next")).endswith("<Response><Hangup/></Response>")
+
+
+async def test_a_caller_who_stops_reading_is_bounded_in_memory_and_ended(caplog: pytest.LogCaptureFixture) -> None:
+    async with a_call() as (twilio, openai, line):
+        twilio.reader.cancel()
+        twilio.socket.transport.pause_reading()
+        await openai.begins()
+        item = await openai.speaks(voice(60_000), delta_ms=10_000)
+        for _ in range(40):
+            await openai.speaks(voice(60_000), item, delta_ms=10_000)
+            await asyncio.sleep(0)
+        await until(lambda: line.hooks.events()[-1] == "call_ended", 5)
+        assert line.hooks.facts("call_ended") == [{"reason": "twilio lost"}]
+        twilio.socket.transport.abort()
+    assert "twilio has stopped reading" in caplog.text
+
+
+async def test_a_model_that_stops_reading_is_bounded_in_memory_and_dialled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(bridge.MAX_UNSENT, "openai", 50_000)
+    async with a_call() as (twilio, openai, line):
+        openai.socket.transport.pause_reading()
+        speaking = asyncio.create_task(twilio.speaks(voice(600_000), 1000))
+        await until(lambda: len(line.openai.sessions) == 2, 8)
+        speaking.cancel()
+        await line.openai.session()
+        openai.socket.transport.abort()
+
+
+# ── What the hooks are told ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_events_of_a_call_tell_its_story_in_order() -> None:
+    async with a_call(greeting="もしもし") as (twilio, openai, line):
+        await openai.says(voice(100), "もしもし")
+        await until(lambda: line.hooks.facts("model_said"))
+        await twilio.speaks(voice(40))
+        await openai.hears_speech("u1")
+        await openai.hears_silence("u1", "こんにちは")
+        await openai.says(voice(100), "はい")
+        await until(lambda: len(line.hooks.facts("model_said")) == 2)
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.facts("call_ended"))
+        story = line.hooks.events("model_used")
+        assert story == [
+            *("call_started", "model_asked", "model_spoke", "model_said", "caller_spoke", "caller_paused"),
+            *("caller_said", "model_spoke", "model_said", "call_ended"),
+        ]
+        assert line.hooks.facts("caller_said") == [{"text": "こんにちは"}]
+        assert line.hooks.facts("model_said")[1] == {"text": "はい", "heard_ms": None}
+        usages = [(facts["usage"].get("type"), facts["model"]) for facts in line.hooks.facts("model_used")]
+        assert usages == [(None, "gpt-realtime-2.1"), ("duration", "gpt-transcribe"), (None, "gpt-realtime-2.1")]
+        assert b"".join(facts["mulaw"] for facts in line.hooks.facts("caller_audio")) == voice(40)
+        assert b"".join(facts["mulaw"] for facts in line.hooks.facts("model_audio")) == voice(100) * 2
+        times = [at for _, at, _ in line.hooks.told[2:]]
+        assert times == sorted(times)
