@@ -65,7 +65,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import InvalidHandshake, InvalidStatus
-from websockets.frames import CTRL_OPCODES, Frame
+from websockets.frames import CTRL_OPCODES, Frame, apply_mask  # type: ignore[attr-defined]
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 
@@ -207,9 +207,14 @@ def session_update(settings: Settings, tools: list[dict[str, Any]]) -> dict[str,
 
 # ── 2 The wire ──────────────────────────────────────────────────────────────────────────────────────────────────
 #
-# The plain way to relay is `async for message in one: await other.send(message)`. It costs a task wake-up, a queue and
-# a lock per 20 ms frame. Here a message is handled where websockets delivers it, and written without waiting; what a
-# slow reader leaves unread stands in the transport's buffer, whose size is checked at each write.
+# The plain way to relay is `async for message in one: await other.send(message)`. It costs a task wake-up, a queue, a
+# lock and a frame object for each 20 ms of audio. Here whole text messages are cut out of the bytes as they arrive and
+# handled at once, and frames are written without waiting. Everything else (handshake, ping, close, messages in several
+# frames or over 64 KiB) goes to websockets as it comes, and so does every message until the handler has begun.
+#
+#   a frame (RFC 6455, 5.2):   0x81 = final, text │ 0x80 if masked + length, or 126 │ 2 bytes length │ 4 bytes mask │ text
+#
+# What a slow reader leaves unread stands in the transport's buffer, whose size is checked at each write.
 
 MAX_UNSENT = {"twilio": 2 << 20, "openai": 512 << 10}  # bytes: 3 minutes of the model's speech, 45 s of the caller's
 
@@ -218,12 +223,16 @@ class Leg(Connection):
     """One side of a call: each text message goes to `deliver` as it comes; `send_now` writes without waiting."""
 
     side = ""  # "twilio" or "openai"
+    masks_ours = False  # a client masks what it sends, a server does not
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.deliver: Callable[[bytes], object] | None = None
         self.early: list[bytes] = []  # messages from the instant between handshake and handler
         self.parts: list[bytes] = []  # of a message that comes in several frames; max_size bounds their sum
+        self.cutting = False  # the bytes come to us first
+        self.cut_off = b""  # the beginning of a frame whose end has not come
+        self.masks = b""  # random bytes, to mask with
         self.stalled = False  # the peer has stopped reading, and MAX_UNSENT was reached
 
     def deliver_to(self, act: Callable[[bytes], object]) -> None:
@@ -232,17 +241,45 @@ class Leg(Connection):
         early, self.early = self.early, []
         for message in early:
             act(message)
+        self.cutting = not self.protocol.reader.buffer  # unless websockets is in the middle of a frame
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come: deliver the whole text messages in them."""
+        data, self.cut_off = self.cut_off + data, b""
+        at, end = 0, len(data)
+        while self.cutting and end - at >= 4:
+            head, length, text = data[at], data[at + 1] & 127, at + 2
+            if length == 126:
+                length, text = data[at + 2] << 8 | data[at + 3], at + 4
+            if masked := data[at + 1] & 128:
+                text += 4
+            stop = text + length
+            if length == 127 or (masked == 0) is not self.masks_ours or self.state is not State.OPEN:
+                self.cutting = False  # a long frame, a wrong one, or the end: from here on the plain way
+            elif stop > end:
+                break
+            else:
+                if head == 0x81:
+                    self.take(apply_mask(data[text:stop], data[text - 4 : text]) if masked else data[text:stop])
+                else:
+                    super().data_received(data[at:stop])
+                at = stop
+        if self.cutting:
+            self.cut_off = data[at:]
+        else:
+            super().data_received(data[at:])
 
     def process_event(self, event: Any) -> None:
-        """websockets has received a frame; or the handshake, or a ping's answer, which are its own business."""
+        """The plain way: websockets has a frame; or a handshake or a ping's answer, which are its own business."""
         if not isinstance(event, Frame) or event.opcode in CTRL_OPCODES:
             return super().process_event(event)
-        message = bytes(event.data)
-        if self.parts or not event.fin:
-            self.parts.append(message)
-            if not event.fin:
-                return None
+        self.parts.append(bytes(event.data))
+        if event.fin:
             message, self.parts = b"".join(self.parts), []
+            self.take(message)
+        return None
+
+    def take(self, message: bytes) -> None:
         if self.deliver is None:
             return self.early.append(message)
         try:
@@ -252,28 +289,40 @@ class Leg(Connection):
         return None
 
     def send_now(self, *messages: bytes) -> None:
-        """Send text frames (both sides refuse binary ones) in one write; like `send`, without its wait."""
+        """Send text frames (both sides refuse binary ones) in one write: `await self.send(message)` without its wait."""
         if self.state is not State.OPEN or self.stalled:
             return
+        frames: list[bytes] = []
         for message in messages:
-            self.protocol.send_text(message)
-        self.transport.write(b"".join(self.protocol.data_to_send()))
+            length = len(message)
+            if length < 126 or length > 65535:
+                size = bytes((length,)) if length < 126 else b"\x7f" + length.to_bytes(8, "big")
+            else:
+                size = b"\x7e" + length.to_bytes(2, "big")
+            if self.masks_ours:
+                self.masks = self.masks[4:] or secrets.token_bytes(1024)
+                mask = self.masks[:4]
+                frames += (b"\x81", bytes((size[0] | 128,)), size[1:], mask, apply_mask(message, mask))
+            else:
+                frames += (b"\x81", size, message)
+        self.transport.write(b"".join(frames))
         if self.transport.get_write_buffer_size() > MAX_UNSENT[self.side]:
             self.stalled = True
             log.error("%s has stopped reading: %d bytes unsent; its side is ended", self.side, MAX_UNSENT[self.side])
             self.transport.abort()
 
-    async def hang_up(self, code: int = 1000, reason: str = "") -> None:
+    async def hang_up(self, code: int = 1000) -> None:
         """Close politely; a peer that does not answer within a second is cut off."""
         try:
             async with asyncio.timeout(1):
-                await self.close(code, reason)
+                await self.close(code)
         except TimeoutError:
             self.transport.abort()
 
 
 class OpenAILeg(Leg, ClientConnection):
     side = "openai"
+    masks_ours = True
 
 
 FORM_LIMIT = 64 << 10  # bytes of a webhook's body; Twilio's are about 1 KB
@@ -604,22 +653,22 @@ class Bridge:
     async def take_stream(self, twilio: ServerConnection) -> None:
         """A stream whose handshake was let in (websockets' handler): wait for its `start`, then for the call's end."""
         assert isinstance(twilio, TwilioLeg)
-        started: asyncio.Future[Call | None] = asyncio.get_running_loop().create_future()
-        closed = asyncio.ensure_future(twilio.wait_closed())
+        started: asyncio.Future[Any] = asyncio.get_running_loop().create_future()  # -> the Call, or None
+        closed: asyncio.Future[Any] = asyncio.ensure_future(twilio.wait_closed())
         twilio.deliver_to(functools.partial(self.start_stream, twilio, started))
         await asyncio.wait([started, closed], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         call = started.result() if started.done() else None
         if call is not None and call.life is not None:
             await asyncio.wait([call.life, closed], return_when=asyncio.FIRST_COMPLETED)
             call.end("caller hung up" if twilio.close_code in (1000, 1001, 1005) else "twilio lost")
-            await asyncio.wait({call.life})
+            await asyncio.wait([call.life])
         elif not started.done():
             started.cancel()
             log.warning("a stream was closed: it sent no start within %g s", START_TIMEOUT_S)
         await twilio.hang_up(1000 if call else 1008)
         closed.cancel()
 
-    def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Call | None], message: bytes) -> None:
+    def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Any], message: bytes) -> None:
         """Twilio's first messages: `connected`, then `start`, which must bring the token."""
         if started.done():
             return
@@ -793,6 +842,7 @@ class Call:
     def open_stream(self, twilio: TwilioLeg, stream_sid: str) -> None:
         """Twilio's `start`: the caller is there. What the model has said until now goes out."""
         self.twilio, self.stream_sid = twilio, stream_sid
+        self.frame_at = self.loop.time()
         self.timers.pop("unclaimed").cancel()
         twilio.deliver_to(self.from_twilio)
         self.emit("call_started")
@@ -949,9 +999,10 @@ class Call:
         openai = self.openai
         self.session_lost()
         self.wanted = b""
-        self.end_when_heard(MODEL_LOST, say_and_hang_up(APOLOGY), can_be_called_off=False)
         if openai is not None:
-            self.start_task(openai.hang_up())
+            openai.deliver_to(lambda event: None)
+            self.openai = openai  # `live` closes it
+        self.end_when_heard(MODEL_LOST, say_and_hang_up(APOLOGY), can_be_called_off=False)
 
     def to_openai(self, kind: str, **content: Any) -> None:
         if self.openai is not None:

@@ -433,6 +433,17 @@ class PretendOpenAI:
         else:
             await session.run()
 
+    def opens_late(self) -> asyncio.Event:
+        """From now on a session begins only when this is set."""
+        opens = asyncio.Event()
+
+        async def late(session: PretendSession) -> None:
+            await opens.wait()
+            await session.run()
+
+        self.on_dial = late
+        return opens
+
     async def session(self, within_s: float = 5.0, granted: bool = True) -> PretendSession:
         """The next session that the bridge opens, set up."""
         await until(lambda: len(self.sessions) > self.taken, within_s, "a session")
@@ -976,13 +987,7 @@ async def test_the_models_voice_reaches_the_caller_unchanged() -> None:
 
 async def test_what_the_caller_says_while_the_session_is_being_set_up_is_kept() -> None:
     async with a_line(greeting="") as line:
-        opens = asyncio.Event()
-
-        async def slow(session: PretendSession) -> None:
-            await opens.wait()
-            await session.run()
-
-        line.openai.on_dial = slow
+        opens = line.openai.opens_late()
         twilio = await line.caller().calls()
         await twilio.speaks(voice(1000, 3))
         await asyncio.sleep(0.1)
@@ -998,13 +1003,7 @@ async def test_more_than_30_s_without_a_session_drop_the_oldest_and_are_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with a_line(greeting="") as line:
-        opens = asyncio.Event()
-
-        async def slow(session: PretendSession) -> None:
-            await opens.wait()
-            await session.run()
-
-        line.openai.on_dial = slow
+        opens = line.openai.opens_late()
         twilio = await line.caller().calls()
         await twilio.speaks(voice(31_000, 5), 100)
         await asyncio.sleep(0.2)
@@ -1165,7 +1164,7 @@ async def test_what_still_comes_of_an_interrupted_answer_is_dropped() -> None:
         assert len(twilio.sent_to_it()) == 8 * 800
         assert [item_id for item_id, _ in openai.truncates()] == [item, late]
         assert dict(openai.truncates())[late] == 0
-        assert line.hooks.facts("model_said")[-1]["heard_ms"] is None
+        await until(lambda: line.hooks.facts("model_said")[-1]["heard_ms"] is None)
 
 
 async def test_the_next_answer_plays_from_its_first_byte_and_is_measured_from_there() -> None:
@@ -1343,9 +1342,11 @@ async def test_what_the_caller_says_while_the_model_is_being_dialled_again_reach
         await openai.hears_speech("u1")
         await twilio.speaks(voice(400, 1))
         await until(lambda: openai.heard == voice(400, 1))
+        opens = line.openai.opens_late()
         openai.socket.transport.abort()
         await until(lambda: not line.hooks.calls[0].ready)
         await twilio.speaks(voice(400, 2))
+        opens.set()
         again = await line.openai.session()
         await twilio.speaks(voice(400, 3))
         await until(lambda: len(again.heard) >= 8 * 1200)
@@ -1577,6 +1578,7 @@ async def test_tools_of_a_cancelled_answer_and_incomplete_calls_are_never_run() 
 async def test_an_answer_that_openai_began_by_itself_is_waited_for_and_makes_an_earlier_wish_needless() -> None:
     async with a_call() as (_, openai, line):
         await openai.begins()
+        await openai.caught_up()
         line.hooks.calls[0].tell_model("ボタン1が押されました。")
         item = (await openai.gets("conversation.item.create"))["item"]
         assert item["role"] == "system" and item["content"][0]["text"] == "ボタン1が押されました。"
@@ -1625,6 +1627,7 @@ async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.begins()
         await openai.speaks(voice(500))
+        await openai.caught_up()
         line.hooks.calls[0].hang_up()
         await openai.speaks(voice(300, 2))
         await openai.ends()
@@ -1636,6 +1639,7 @@ async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
 async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(500))
+        await openai.caught_up()
         line.hooks.calls[0].hang_up()
         await openai.hears_speech("u1")
         await openai.gets("conversation.item.truncate")
@@ -1648,6 +1652,7 @@ async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
 async def test_a_transfer_dials_the_number_after_the_last_words() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(200))
+        await openai.caught_up()
         with pytest.raises(ValueError, match="E.164"):
             line.hooks.calls[0].transfer("</Dial><Play>")
         line.hooks.calls[0].transfer("+81312345678")
