@@ -247,9 +247,11 @@ class Leg(Connection):
         """Bytes have come: deliver the whole text messages in them."""
         data, self.cut_off = self.cut_off + data, b""
         at, end = 0, len(data)
-        while self.cutting and end - at >= 4:
+        while self.cutting and end - at >= 2:
             head, length, text = data[at], data[at + 1] & 127, at + 2
             if length == 126:
+                if end - at < 4:
+                    break
                 length, text = data[at + 2] << 8 | data[at + 3], at + 4
             if masked := data[at + 1] & 128:
                 text += 4

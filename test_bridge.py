@@ -1025,6 +1025,39 @@ async def test_a_message_in_another_form_or_in_several_frames_is_the_same_messag
         await until(lambda: openai.heard == voice(20, 1) * 3)
 
 
+async def test_messages_arrive_whole_however_the_bytes_are_cut() -> None:
+    async with a_call() as (twilio, openai, _):
+        write = twilio.socket.transport.write
+        sent = bytearray()
+        twilio.socket.transport.write = sent.extend  # type: ignore[method-assign]
+        await twilio.speaks(voice(200, 1))
+        ping = asyncio.ensure_future(twilio.socket.ping(b""))
+        await twilio.speaks(voice(200, 2))
+        await asyncio.sleep(0)
+        twilio.socket.transport.write = write  # type: ignore[method-assign]
+        for at in range(0, len(sent), 3):
+            write(bytes(sent[at : at + 3]))
+            await asyncio.sleep(0)
+        await until(lambda: len(openai.heard) == 8 * 400)
+        assert openai.heard == voice(200, 1) + voice(200, 2)
+        await asyncio.wait_for(await ping, 1)
+
+
+async def test_an_empty_ping_is_answered_at_once() -> None:
+    async with a_call() as (_, openai, _):
+        await asyncio.wait_for(await openai.socket.ping(b""), 1)
+
+
+async def test_a_message_of_any_size_is_delivered_and_what_follows_it_too() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        await openai.speaks(voice(100, 1), "a")
+        await openai.speaks(voice(9000, 2), "a", delta_ms=9000)  # a frame of 96 KB, with a length of 64 bits
+        await openai.speaks(voice(100, 3), "a")
+        await until(lambda: len(twilio.sent_to_it()) == 8 * 9200)
+        assert twilio.sent_to_it() == voice(100, 1) + voice(9000, 2) + voice(100, 3)
+
+
 async def test_two_calls_at_once_are_kept_apart() -> None:
     async with a_call() as (one, one_openai, line):
         other = await line.caller().calls()
