@@ -1761,3 +1761,243 @@ async def test_the_events_of_a_call_tell_its_story_in_order() -> None:
         assert b"".join(facts["mulaw"] for facts in line.hooks.facts("model_audio")) == voice(100) * 2
         times = [at for _, at, _ in line.hooks.told[2:]]
         assert times == sorted(times)
+
+
+# ── Settings and the process ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "70000"),
+        ("PORT", "0"),
+        ("PORT", "http"),
+        ("MAX_CALLS", "-1"),
+        ("MAX_CALL_SECONDS", "nan"),
+        ("DRAIN_SECONDS", "soon"),
+        ("SESSION", "[1]"),
+        ("SESSION", "{"),
+        ("SESSION", '{"audio":{"input":{"format":{"type":"audio/pcm","rate":24000}}}}'),
+        ("SESSION", '{"audio":null}'),
+        ("PUBLIC_BASE_URL", "http://my-app.fly.dev"),
+        ("PUBLIC_BASE_URL", "my-app.fly.dev"),
+        ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
+        ("HOOKS", "log,lgo"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, value: str) -> None:
+    done = run_bridge({"OPENAI_API_KEY": "sk-secret", name: value})
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and name in line and "Traceback" not in line and "sk-secret" not in line
+
+
+def run_bridge(env: dict[str, str], folder: Path = HERE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "bridge.py"]
+    return subprocess.run(command, cwd=folder, env=clean(env), capture_output=True, text=True, timeout=10)
+
+
+def clean(env: dict[str, str]) -> dict[str, str]:
+    """The environment of a bare machine, with these variables."""
+    ours = {field.name.upper() for field in dataclasses.fields(bridge.Settings)} | {"FLY_APP_NAME"}
+    return {name: value for name, value in os.environ.items() if name not in ours} | env
+
+
+def test_settings_come_from_the_environment_and_empty_ones_are_unset_where_that_is_no_choice() -> None:
+    env = {"OPENAI_API_KEY": "k", "PORT": "", "GREETING": "", "HOOKS": "", "MAX_CALLS": "7", "VOICE": " cedar "}
+    settings = bridge.read_settings({**env, "FLY_APP_NAME": "my-app", "SESSION": '{"tracing":"auto"}'})
+    assert (settings.port, settings.greeting, settings.hooks, settings.max_calls) == (8080, "", "", 7)
+    assert (settings.public_base_url, settings.voice) == ("https://my-app.fly.dev", "cedar")
+    assert settings.session == {"tracing": "auto"}
+    assert bridge.read_settings({**env, "PUBLIC_BASE_URL": "https://x.example/"}).public_base_url == "https://x.example"
+    assert bridge.Settings().hooks is None
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@dataclasses.dataclass
+class Process:
+    """The real thing: `python bridge.py`."""
+
+    process: asyncio.subprocess.Process
+    port: int
+    openai: PretendOpenAI
+    log: Path
+
+    def caller(self) -> PretendTwilio:
+        return PretendTwilio(self.port)
+
+    async def exits(self, within_s: float = 10) -> int:
+        return await asyncio.wait_for(self.process.wait(), within_s)
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+
+@contextlib.asynccontextmanager
+async def a_process(log: Path, folder: Path = HERE, **env: str) -> AsyncIterator[Process]:
+    openai, port = PretendOpenAI(), free_port()
+    async with asyncio.timeout(LIMIT_S), serve(openai.handle, "127.0.0.1", 0, close_timeout=1) as server:
+        url = f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/v1/realtime"
+        environment = clean({"PORT": str(port), "OPENAI_REALTIME_URL": url, "OPENAI_API_KEY": "sk-secret", **env})
+        with log.open("wb") as output:
+            command = (sys.executable, "bridge.py")
+            process = await asyncio.create_subprocess_exec(
+                *command, cwd=folder, env=environment, stdout=output, stderr=output
+            )
+        try:
+            await until(lambda: b"listening" in log.read_bytes() or process.returncode is not None, 10)
+            yield Process(process, port, openai, log)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert "sk-secret" not in log.read_text()
+
+
+async def a_whole_call(twilio: PretendTwilio, openai: PretendOpenAI, speech: bytes) -> PretendSession:
+    """Greeting, three turns, one of them interrupted, and the caller hangs up."""
+    await twilio.calls()
+    session = await openai.session()
+    await session.gets("response.create")
+    await session.says(voice(300, 1), "こんにちは、鈴木です。")
+    await until(lambda: twilio.heard_so_far() == voice(300, 1))
+    for turn, (asks, answers) in enumerate(
+        (("こんにちは。", "はい。"), ("天気は。", "どちらの。"), ("東京。", "晴れ。"))
+    ):
+        caller_item = await session.hears_speech()
+        await twilio.speaks(speech)
+        await session.hears_silence(caller_item, asks)
+        await session.says(voice(600, 2 + turn), answers)
+        before = len(twilio.heard)
+        if turn == 1:
+            await until(lambda before=before: len(twilio.heard_so_far()) > before + 2400)  # type: ignore[misc]
+        else:
+            await until(lambda turn=turn: twilio.heard_so_far().endswith(voice(600, 2 + turn)))  # type: ignore[misc]
+    await until(lambda: session.heard == speech * 3)
+    (truncated,) = session.truncates()
+    assert 300 <= truncated[1] < 400 and twilio.clears == 1 and twilio.faults == [] and session.errors == []
+    await session.caught_up()
+    await twilio.hangs_up()
+    await until(lambda: session.socket.close_code, 1)
+    return session
+
+
+async def test_a_whole_call_through_the_real_process_can_be_read_in_its_log(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        twilio = bridge_process.caller()
+        await a_whole_call(twilio, bridge_process.openai, voice(400, 9))
+        await until(lambda: any(line.get("event") == "call_ended" for line in bridge_process.log_lines()))
+        story = [line for line in bridge_process.log_lines() if line.get("call") == twilio.sid]
+        said = [line["text"] for line in story if line["event"] in ("caller_said", "model_said")]
+        assert said == [
+            "こんにちは、鈴木です。",
+            "こんにちは。",
+            "はい。",
+            "天気は。",
+            "どちらの。",
+            "東京。",
+            "晴れ。",
+        ]
+        events = [line["event"] for line in story]
+        assert events[0] == "call_started" and events[-1] == "call_ended" and "model_interrupted" in events
+        assert CALLER not in bridge_process.log.read_text() and CALLER[-4:] in bridge_process.log.read_text()
+        bridge_process.process.send_signal(signal.SIGTERM)
+        assert await bridge_process.exits() == 0
+
+
+async def test_bridge_py_copied_alone_does_the_same_call(tmp_path: Path) -> None:
+    (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
+    async with a_process(tmp_path / "log", tmp_path) as bridge_process:
+        await a_whole_call(bridge_process.caller(), bridge_process.openai, voice(400, 9))
+        bridge_process.process.send_signal(signal.SIGINT)
+        assert await bridge_process.exits() == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["bridge.py", "log"]
+
+
+async def test_beside_somebody_elses_hooks_folder_none_of_its_files_is_run(tmp_path: Path) -> None:
+    (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks" / "other.py").write_text("raise SystemExit('this is not ours')")
+    async with a_process(tmp_path / "log", tmp_path) as bridge_process:
+        assert (await http(bridge_process.port, "GET", "/health"))[0] == 200
+
+
+async def test_sigterm_refuses_new_calls_lets_running_ones_end_and_exits_with_0(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        openai = await bridge_process.openai.session()
+        bridge_process.process.send_signal(signal.SIGTERM)
+        await until(lambda: "stopping" in bridge_process.log.read_text())
+        answer = await bridge_process.caller().post("/twilio/voice")
+        assert "おかけ直し" in answer and "<Stream" not in answer
+        status, _, body = await http(bridge_process.port, "GET", "/health")
+        assert status == 503 and json.loads(body)["status"] == "draining"
+        await openai.says(voice(200))
+        await until(lambda: twilio.heard_so_far() == voice(200))
+        await twilio.hangs_up()
+        assert await bridge_process.exits(3) == 0
+
+
+async def test_calls_that_outlast_drain_seconds_are_ended_politely(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log", DRAIN_SECONDS="0.2") as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        openai = await bridge_process.openai.session()
+        await openai.says(voice(700))
+        await openai.caught_up()
+        bridge_process.process.send_signal(signal.SIGTERM)
+        assert "おかけ直し" in await twilio.next(), "Twilio's question is still answered"
+        assert twilio.heard_so_far() == voice(700)
+        assert await bridge_process.exits(3) == 0
+
+
+async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        await bridge_process.caller().calls()
+        bridge_process.process.send_signal(signal.SIGINT)
+        await until(lambda: "stopping" in bridge_process.log.read_text())
+        bridge_process.process.send_signal(signal.SIGINT)
+        await bridge_process.exits(1)
+
+
+def test_a_port_that_is_taken_is_said_in_one_line() -> None:
+    with socket.create_server(("", 0)) as taken:
+        done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(taken.getsockname()[1]), "HOOKS": ""})
+    assert done.returncode == 1 and "Set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+# ── The files around it ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
+    fly = tomllib.loads((HERE / "fly.toml").read_text())
+    service = fly["http_service"]
+    assert fly["primary_region"] == "iad" and service["internal_port"] == bridge.Settings().port
+    assert service["force_https"] and service["auto_stop_machines"] == "off" and service["min_machines_running"] == 1
+    assert service["concurrency"]["type"] == "connections" and service["checks"][0]["path"] == "/health"
+    last_words_s = bridge.MAX_GOODBYE_S / 4 + bridge.GOODBYE_SLACK_S + 2
+    assert fly["kill_signal"] == "SIGTERM" and fly["kill_timeout"] >= bridge.Settings().drain_seconds + last_words_s
+    assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
+
+
+def test_nothing_else_stands_at_the_top_level() -> None:
+    ours = {"bridge.py", "hooks", "test_bridge.py", "requirements.txt", "Procfile", "fly.toml", "README.md"}
+    assert {path.name for path in HERE.iterdir() if path.name[0] not in "._"} <= ours
+
+
+def test_the_script_header_and_requirements_txt_name_the_same_packages() -> None:
+    header = re.search(r"# dependencies = (\[.*\])", (HERE / "bridge.py").read_text())
+    assert header is not None
+    lines = [line for line in (HERE / "requirements.txt").read_text().splitlines() if line[:1] != "#"]
+    assert json.loads(header[1]) == [line for line in lines if "pytest" not in line]
+    names = {re.split("[<>=]", line)[0] for line in lines}
+    assert names == {"websockets", "twilio", "pytest", "pytest-asyncio"}
+
+
+def test_bridge_py_imports_only_websockets_twilio_and_the_standard_library() -> None:
+    for path in [HERE / "bridge.py", *(HERE / "hooks").glob("*.py")]:
+        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+        assert imported <= sys.stdlib_module_names | {"websockets", "twilio"}, path
+        assert path.name == "bridge.py" or "bridge" not in imported, f"{path} imports the bridge"

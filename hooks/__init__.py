@@ -278,7 +278,14 @@ def check_arguments(function: Callable[..., Any], given: Any) -> dict[str, Any]:
         if name not in schema["properties"]:
             raise TypeError(f"there is no argument {name}; there are: {', '.join(schema['properties']) or 'none'}")
         kind = schema["properties"][name]["type"]
-        fits: dict[str, Any] = {"number": (int, float), "integer": int, "string": str, "boolean": bool, "object": dict, "array": list}
+        fits: dict[str, Any] = {
+            "number": (int, float),
+            "integer": int,
+            "string": str,
+            "boolean": bool,
+            "object": dict,
+            "array": list,
+        }
         optional = value is None and name not in schema["required"]
         if not optional and (not isinstance(value, fits[kind]) or (isinstance(value, bool) and kind != "boolean")):
             raise TypeError(f"{name} must be of type {kind}")
