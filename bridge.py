@@ -51,7 +51,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
@@ -155,8 +155,6 @@ def read_settings(env: Mapping[str, str]) -> Settings:
             raise ValueError(
                 f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
             )
-    if not settings.openai_api_key and "openai_realtime_url" not in chosen:
-        raise ValueError("OPENAI_API_KEY is not set: set it to your key from https://platform.openai.com/api-keys")
     return settings
 
 
@@ -1477,6 +1475,7 @@ class NoHooks:
 
     tools: list[dict[str, Any]] = []
     pages: dict[str, Any] = {}
+    stand_in = None
 
     def emit(self, event: str, call: Call, at: float, facts: Mapping[str, Any]) -> None:
         pass
@@ -1503,6 +1502,11 @@ def load_hooks(names: str | None) -> Any:
             f"HOOKS is {names!r}, but there is no hooks folder beside bridge.py: unset it, or copy the folder"
         )
     return NoHooks()
+
+
+def without_openai(settings: Settings) -> bool:
+    """Nobody has said where a model is: a stand-in on this computer answers (hooks/offline.py)."""
+    return not settings.openai_api_key and settings.openai_realtime_url == Settings.openai_realtime_url
 
 
 def open_line(bridge: Bridge, host: str | None, port: int) -> Any:
@@ -1536,7 +1540,10 @@ async def drain(bridge: Bridge) -> None:
 
 async def run(settings: Settings, hooks: Any) -> int:
     loop = asyncio.get_running_loop()
+    if without_openai(settings):
+        settings = replace(settings, openai_realtime_url=await hooks.stand_in())
     bridge = Bridge(settings, hooks)
+    port = settings.port
     stop = asyncio.Event()
 
     def on_signal() -> None:
@@ -1548,12 +1555,10 @@ async def run(settings: Settings, hooks: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        async with open_line(bridge, settings.host, settings.port):
-            log.info(
-                "listening on port %d for %s/twilio/voice",
-                settings.port,
-                settings.public_base_url or "http://localhost",
-            )
+        async with open_line(bridge, settings.host, port):
+            log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)
+            if "/" in hooks.pages and not settings.twilio_auth_token:
+                log.info("to talk to it from this computer, open http://localhost:%d/ in a browser", port)
             await stop.wait()
             bridge.draining = True
             log.info(
@@ -1564,7 +1569,7 @@ async def run(settings: Settings, hooks: Any) -> int:
             await drain(bridge)
     except OSError as fault:
         print(
-            f"bridge.py: cannot listen on port {settings.port}: {fault.strerror}. Set PORT to a free one",
+            f"bridge.py: cannot listen on port {port}: {fault.strerror}. Set PORT to a free one",
             file=sys.stderr,
         )
         return 1
@@ -1578,6 +1583,8 @@ def main() -> int:
     try:
         settings = read_settings(os.environ)
         hooks = load_hooks(settings.hooks)
+        if without_openai(settings) and hooks.stand_in is None:
+            raise ValueError("OPENAI_API_KEY is not set: set it to a key from https://platform.openai.com/api-keys")
     except ValueError as fault:
         print(f"bridge.py: {fault}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ sentences, in the order in which a call happens. Nothing between the two sockets
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import contextlib
@@ -1998,6 +1999,16 @@ def test_the_script_header_and_requirements_txt_name_the_same_packages() -> None
 
 def test_bridge_py_imports_only_websockets_twilio_and_the_standard_library() -> None:
     for path in [HERE / "bridge.py", *(HERE / "hooks").glob("*.py")]:
-        imported = set(re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {name.partition(".")[0] for name in names}
         assert imported <= sys.stdlib_module_names | {"websockets", "twilio"}, path
-        assert path.name == "bridge.py" or "bridge" not in imported, f"{path} imports the bridge"
+
+
+def test_without_a_key_the_lone_file_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
+    for folder, env in ((tmp_path, {}), (HERE, {"HOOKS": ""})):
+        done = run_bridge(env, folder)
+        assert done.returncode == 2 and "OPENAI_API_KEY" in done.stderr.splitlines()[-1], done.stderr

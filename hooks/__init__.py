@@ -71,7 +71,7 @@ def load(folder: Path, names: str | None) -> Host:
         if name not in there:
             raise ValueError(f"HOOKS names {name!r}, but there is no hooks/{name}.py: choose from {', '.join(there)}")
     host = Host()
-    for name in chosen:
+    for name in sorted(chosen, key="log".__ne__):  # log.py first: it shapes what the others log while they load
         host.add(name, folder / f"{name}.py")
     log.info("hooks: %s; tools: %s", ", ".join(host.files) or "none", ", ".join(host.functions) or "none")
     return host

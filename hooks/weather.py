@@ -186,8 +186,9 @@ def find(asked: str, places: dict[str, list[Place]]) -> list[Place]:
     names = [(fold(asked).removesuffix("japan"), "")]  # with the prefecture it must lie in; empty: any
     for prefix, found in places.items():
         if found[0].rank <= 1:  # 広島県府中市, 広島の府中, Fuchu, Hiroshima
-            rests = (names[0][0].removeprefix(prefix).removeprefix("の"), names[0][0].removesuffix(prefix))
-            names += [(rest, found[0].prefecture) for rest in rests if rest not in ("", names[0][0])]
+            whole = names[0][0]
+            rests = (whole.removeprefix(prefix), whole.removeprefix(prefix + "の"), whole.removesuffix(prefix))
+            names += [(rest, found[0].prefecture) for rest in rests if rest not in ("", whole)]
     names += [(KIND.sub("", name), prefecture) for name, prefecture in names]  # Osaka-fu
     for name, prefecture in list(names):  # 横浜市青葉区: the city
         names += [(name[:end], prefecture) for end in range(len(name), 1, -1) if name[end - 1] in "市区町村"]
