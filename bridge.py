@@ -81,6 +81,7 @@ class Settings:
     openai_api_key: str = ""  # sent as "Authorization: Bearer …"
     twilio_auth_token: str = ""  # checks Twilio's signatures; without it only this computer itself may call
     public_base_url: str = ""  # e.g. https://my-app.fly.dev; unset: from FLY_APP_NAME, or the local request's own host
+    fly_machine_id: str = ""  # set by Fly.io itself
     port: int = 8080
     host: str = ""  # all interfaces
     openai_realtime_url: str = "wss://api.openai.com/v1/realtime"  # or any server of the same protocol
@@ -210,7 +211,7 @@ def session_update(settings: Settings, tools: list[dict[str, Any]]) -> dict[str,
 # handled at once, and frames are written without waiting. Everything else (handshake, ping, close, messages in several
 # frames or over 64 KiB) goes to websockets as it comes, and so does every message until the handler has begun.
 #
-#   a frame (RFC 6455, 5.2):   0x81 = final, text │ 0x80 if masked + length, or 126 │ 2 bytes length │ 4 bytes mask │ text
+#   a frame (RFC 6455): 0x81 = final, text │ 0x80 if masked, + length or 126 │ 2 bytes length │ 4 bytes mask │ text
 #
 # What a slow reader leaves unread stands in the transport's buffer, whose size is checked at each write.
 
@@ -289,7 +290,7 @@ class Leg(Connection):
         return None
 
     def send_now(self, *messages: bytes) -> None:
-        """Send text frames (both sides refuse binary ones) in one write: `await self.send(message)` without its wait."""
+        """Send text frames, for both sides refuse binary ones: `await self.send(message)` without its wait."""
         if self.state is not State.OPEN or self.stalled:
             return
         frames: list[bytes] = []
@@ -345,6 +346,11 @@ class TwilioLeg(Leg, ServerConnection):
     refusal: tuple[int, str] | None = None
     continued = False  # "100 Continue" has been sent
     late: asyncio.TimerHandle | None = None
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end; on Fly.io and behind tunnels that of the proxy."""
+        return str((self.remote_address or ("?",))[0])
 
     def data_received(self, data: bytes) -> None:
         if self.unread is None:
@@ -408,13 +414,18 @@ class TwilioLeg(Leg, ServerConnection):
 #
 # Who may call. Twilio signs the webhook and the stream's handshake with the account's auth token over the public URL.
 # The handshake's signature is the same for every call, so the stream also has to bring back a token from the TwiML,
-# which is good for one stream of one CallSid for a minute. Until that has been seen nothing is dialled or spent for it.
+# which is good for one stream of one CallSid for a minute. Until that has been seen, nothing is dialled for a stream.
 
 TOKEN_S = 60  # Twilio opens the stream 0.5 to 1 s after the webhook
 START_TIMEOUT_S = 5.0  # a stream without a valid `start` by then is closed
-UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
-REMEMBERED = 10_000  # ended calls whose /twilio/next may still come, and used tokens
-
+REMEMBERED = 10_000  # tokens that were used, and calls whose /twilio/next may still come
+ROUTES = {  # path -> methods
+    "/": "GET, HEAD",
+    "/health": "GET, HEAD",
+    "/twilio/voice": "POST, GET",
+    "/twilio/stream": "GET",
+    "/twilio/next": "POST, GET",
+}
 FORWARDING = re.compile(r"forwarded|via|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip", re.IGNORECASE)
 
 BUSY = "ただいま電話が込み合っております。恐れ入りますが、しばらくしてからおかけ直しください。"
@@ -428,7 +439,10 @@ def twiml(*verbs: str) -> str:
 
 
 def say_and_hang_up(text: str) -> str:
-    return twiml(f'<Say language="ja-JP">{escape(text)}</Say>' if text else "", "<Hangup/>")
+    return twiml(f'<Say language="ja-JP">{escape(text)}</Say>', "<Hangup/>")
+
+
+HANG_UP = twiml("<Hangup/>")
 
 
 def header(request: Request, name: str) -> str:
@@ -439,19 +453,19 @@ def header(request: Request, name: str) -> str:
 
 def is_loopback(host: str) -> bool:
     try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 class Form(dict[str, list[str]]):
-    """A webhook's pairs, as the twilio package's validator wants them: names may repeat."""
+    """A webhook's pairs, as the twilio package's validator wants them: a name may come twice."""
 
     getlist = dict[str, list[str]].__getitem__
 
     def first(self, name: str) -> str:
-        return self.get(name, [""])[0][:200]
+        return self.get(name, [""])[0][:200]  # a <Parameter> may have 500 characters
 
 
 class Bridge:
@@ -462,20 +476,21 @@ class Bridge:
         self.hooks = hooks
         self.calls: dict[str, Call] = {}  # by CallSid: from the webhook to the last close
         self.next_twiml: dict[str, str] = {}  # by CallSid: what /twilio/next answers
-        self.not_yet_asked: set[str] = set()  # CallSids whose stream we have closed; Twilio will ask /twilio/next
-        self.used_tokens: dict[str, float] = {}  # token -> monotonic time of use
+        self.not_yet_asked: dict[
+            str, None
+        ] = {}  # CallSids of streams that we have closed: Twilio will ask /twilio/next
+        self.used_tokens: dict[str, None] = {}
         self.draining = False
-        self.peak_calls = 0
-        self.secret = (settings.twilio_auth_token or secrets.token_hex()).encode()
-        self.started_at = time.monotonic()
-        scheme, _, rest = settings.openai_realtime_url.partition("://")
-        named = dict(parse_qsl(urlsplit(settings.openai_realtime_url).query)).get("model")
-        self.model = named or settings.openai_realtime_model
-        query = "" if named else ("&" if "?" in rest else "?") + urlencode({"model": self.model})
-        self.openai_url = settings.openai_realtime_url + query
+        self.peak_calls = self.frames_from_callers = self.late_frames = self.pieces_to_callers = 0  # see `health`
+        self.loop_delays_ms: deque[float] = deque(maxlen=600)  # of the last minute; see `feel_pulse`
+        self.secret = (settings.twilio_auth_token or secrets.token_hex()).encode()  # the same on each machine
+        address = urlsplit(settings.openai_realtime_url)
+        self.model = dict(parse_qsl(address.query)).get("model", settings.openai_realtime_model)
+        query = urlencode({**dict(parse_qsl(address.query)), "model": self.model})
+        self.openai_url = address._replace(query=query).geturl()
         self.openai_headers = {"Authorization": f"Bearer {settings.openai_api_key}"} if settings.openai_api_key else {}
         # One for all calls: it holds the certificates of the world's authorities.
-        self.tls = ssl.create_default_context() if scheme == "wss" else None
+        self.tls = ssl.create_default_context() if address.scheme == "wss" else None
 
     def answer(self, connection: ServerConnection, request: Request) -> Any:
         """Every HTTP request comes here (websockets' process_request). None lets the stream's upgrade go on."""
@@ -486,77 +501,88 @@ class Bridge:
         return response
 
     def route(self, connection: TwilioLeg, request: Request) -> Any:
-        if connection.refusal:
-            return connection.respond(connection.refusal[0], connection.refusal[1] + "\n")
         path, _, query = request.path.partition("?")
-        methods = {
-            "/": ("GET", "HEAD"),
-            "/health": ("GET", "HEAD"),
-            "/twilio/voice": ("POST", "GET"),
-            "/twilio/stream": ("GET",),
-            "/twilio/next": ("POST", "GET"),
-        }
-        pages = self.hooks.pages
-        if path not in methods and path not in pages:
-            return connection.respond(
-                404, f"nothing is here; Twilio's webhook is POST {self.settings.public_base_url}/twilio/voice\n"
-            )
-        allowed = methods.get(path, ("GET", "HEAD"))
-        if request.method not in allowed:
-            response = connection.respond(405, f"{path} takes {' and '.join(allowed)}\n")
-            response.headers["Allow"] = ", ".join(allowed)
+        path = re.sub("^/twilio/stream/[0-9a-z]+$", "/twilio/stream", path)
+        page = self.hooks.pages.get(path)
+        if connection.refusal:
+            return connection.respond(*connection.refusal)
+        if machine := self.other_machine(request):
+            response = connection.respond(200, f"machine {machine} has this call\n")
+            response.headers["fly-replay"] = f"prefer_instance={machine}"
+            return response
+        if path not in ROUTES and page is None:
+            return connection.respond(404, "Nothing is here. Twilio's webhook is POST /twilio/voice\n")
+        allowed = ROUTES.get(path, "GET, HEAD")
+        if request.method not in allowed.split(", "):
+            response = connection.respond(405, f"{path} takes {allowed}\n")
+            response.headers["Allow"] = allowed
             return response
         if path == "/health":
             return self.reply(connection, json.dumps(self.health()), "application/json", 503 if self.draining else 200)
         if not path.startswith("/twilio/"):
-            if path in pages and not self.why_not_here(connection, request):
-                return pages[path](connection, request)
+            if page is not None and not self.why_not_here(connection, request):
+                return page(connection, request)
             return connection.respond(
-                200 if path == "/" else 403, "This is a telephone. Its pages are for the computer it runs on.\n"
+                200 if path == "/" else 403, "This is a telephone; its pages are for its owner.\n"
             )
-        text = (connection.form_body if request.method == "POST" else b"").decode("utf-8", "replace")
-        form = Form(parse_qs(text, keep_blank_values=True))
+        form = Form(parse_qs(connection.form_body.decode("utf-8", "replace"), keep_blank_values=True))
         if why := self.why_refused(connection, request, form):
-            log.warning("403 for %s %s from %s: %s", request.method, path, (connection.remote_address or "?")[0], why)
-            return connection.respond(
-                403, "403: this request could not be verified; the bridge's log says what to set\n"
-            )
+            log.warning("403 for %s %s from %s: %s", request.method, path, connection.peer, why)
+            return connection.respond(403, "This request could not be verified. The bridge's log says what to set.\n")
         if path == "/twilio/stream":
             return None
         if request.method == "GET":
             form = Form(parse_qs(query, keep_blank_values=True))
-        answer = (
-            self.answer_call(form, self.base_url(request))
-            if path == "/twilio/voice"
-            else self.after_call(form.first("CallSid"))
-        )
-        return self.reply(connection, answer, "text/xml; charset=utf-8")
-
-    @staticmethod
-    def reply(connection: ServerConnection, text: str, content_type: str, status: int = 200) -> Response:
-        response = connection.respond(status, text)
-        del response.headers["Content-Type"]  # assigning would add a second one
-        response.headers["Content-Type"] = content_type
-        return response
+        xml = self.answer_call(form, self.base_url(request)) if path == "/twilio/voice" else self.after_call(form)
+        return self.reply(connection, xml, "text/xml; charset=utf-8")
 
     def health(self) -> dict[str, Any]:
         talking = sum(1 for call in self.calls.values() if call.stream_sid)
+        delays_ms = sorted(self.loop_delays_ms)
         return {
             "status": "draining" if self.draining else "ok",
             "calls": talking,  # with an open stream
             "waiting": len(self.calls) - talking,  # answered, and the stream not yet open
             "peak_calls": self.peak_calls,
             "max_calls": self.settings.max_calls,
-            "uptime_s": round(time.monotonic() - self.started_at),
+            "frames_from_callers": self.frames_from_callers,
+            "pieces_to_callers": self.pieces_to_callers,  # of at most 200 ms
+            "late_frames": self.late_frames,  # that came more than 100 ms after the one before
+            "dropped_hook_events": self.hooks.dropped,
+            "loop_delay_p99_ms": round(delays_ms[len(delays_ms) * 99 // 100], 1) if delays_ms else None,
         }
+
+    async def feel_pulse(self) -> None:
+        """Ten times a second, how late this loop is: the first sign that there are more calls than it can carry."""
+        while True:
+            due = time.monotonic() + 0.1
+            await asyncio.sleep(0.1)
+            self.loop_delays_ms.append((time.monotonic() - due) * 1000)
+
+    @staticmethod
+    def reply(connection: TwilioLeg, text: str, content_type: str, status: int = 200) -> Response:
+        response = connection.respond(status, text)
+        del response.headers["Content-Type"]  # assigning would add a second one
+        response.headers["Content-Type"] = content_type
+        return response
+
+    def other_machine(self, request: Request) -> str:
+        """On Fly.io, the machine that answered this call's webhook, if that is another: it has dialled the model.
+
+        The proxy then sends the request there, or back (with fly-replay-src) when that machine is gone.
+        https://fly.io/docs/networking/dynamic-request-routing/
+        """
+        named = re.fullmatch(r"/twilio/(?:stream/|next\?machine=)([0-9a-z]+)", request.path)
+        ours = self.settings.fly_machine_id
+        return named[1] if named and ours and named[1] != ours and not header(request, "fly-replay-src") else ""
 
     def base_url(self, request: Request) -> str:
         """Where Twilio reaches this server: from configuration, for what a proxy puts into headers proves nothing."""
         return self.settings.public_base_url or f"https://{header(request, 'Host')}"
 
-    def why_not_here(self, connection: ServerConnection, request: Request) -> str:
+    def why_not_here(self, connection: TwilioLeg, request: Request) -> str:
         """Why a request does not come from this computer itself; "" when it does."""
-        if not is_loopback((connection.remote_address or ("?",))[0]):
+        if not is_loopback(connection.peer):
             return "it comes from another computer"
         if forwarded := [name for name in request.headers if FORWARDING.fullmatch(name)]:
             return f"it came through a proxy or tunnel ({forwarded[0]})"
@@ -564,153 +590,199 @@ class Bridge:
             return "a page of another site sent it"  # one whose name was made to point here: DNS rebinding
         return ""
 
-    def why_refused(self, connection: ServerConnection, request: Request, form: Form) -> str:
+    def why_refused(self, connection: TwilioLeg, request: Request, form: Form) -> str:
         """Why a request to /twilio/* is not let in; "" when it is."""
-        origin, host = header(request, "Origin"), header(request, "Host")
-        if origin and urlsplit(origin).netloc != host:
-            return f"a page of {origin[:100]} sent it, and this is {host[:100]}"
-        elsewhere = self.why_not_here(connection, request)
+        origin, elsewhere = header(request, "Origin"), self.why_not_here(connection, request)
+        if origin and urlsplit(origin).netloc != header(request, "Host"):
+            return f"a page of another site sent it ({origin[:100]})"
         if not self.settings.twilio_auth_token:
-            return (
-                elsewhere
-                and f"{elsewhere}, and TWILIO_AUTH_TOKEN is not set: set it, and PUBLIC_BASE_URL, to take calls"
-            )
+            return elsewhere and f"{elsewhere}, and TWILIO_AUTH_TOKEN is not set: set it, and PUBLIC_BASE_URL"
         if elsewhere and not self.settings.public_base_url:
             return "PUBLIC_BASE_URL is not set: set it to the https address that Twilio calls"
         signature = header(request, "X-Twilio-Signature")
         if not signature:
             return "it has no X-Twilio-Signature: Twilio signs what it sends, others may not call"
-        url = self.base_url(request) + request.path
-        schemes = ("wss", "ws") if request.path.startswith("/twilio/stream") else ("https", "http")
-        name = urlsplit(url)
-        without_port = name.netloc.rpartition(":")[0] if name.port else name.netloc
-        validator = RequestValidator(self.settings.twilio_auth_token)
         algorithm = get_signature_algorithm(header(request, "X-Twilio-Webhooks-Signature-Settings"))
-        # The package's own validate() would look for wss signatures at port 80, so the ports are tried here.
-        for scheme in schemes[:1] if self.settings.public_base_url else schemes:
-            for netloc in {name.netloc, without_port, f"{without_port}:443"}:
-                signed = name._replace(scheme=scheme, netloc=netloc).geturl()
-                try:
-                    expected = validator.compute_signature(signed, form, algorithm)
-                except ValueError:
-                    return f"it is signed with {algorithm[:40]!r}, which the installed twilio package does not know: update it"
-                if hmac.compare_digest(expected.encode(), signature.encode()):
-                    return ""
+        if not re.fullmatch("HMAC_SHA(1|256)", algorithm):
+            return f"it is signed with {algorithm[:40]!r}, which is not known here: update the twilio package"
+        validator = RequestValidator(self.settings.twilio_auth_token)
+        for url in self.signed_urls(request):
+            expected = validator.compute_signature(url, form, algorithm)
+            if hmac.compare_digest(expected.encode(), signature.encode()):
+                return ""
         return (
-            f"its signature is not that of {schemes[0]}://{name.netloc}{name.path}: TWILIO_AUTH_TOKEN must be the account's "
-            "primary token, and PUBLIC_BASE_URL the address in the number's Console page, to the letter"
+            f"its signature is not that of {self.signed_urls(request)[0].partition('?')[0]}: TWILIO_AUTH_TOKEN must "
+            "be the account's primary token, and PUBLIC_BASE_URL the address in the number's Console page, to the letter"
         )
+
+    def signed_urls(self, request: Request) -> list[str]:
+        """What Twilio may have signed: the URL that it was given, with and without its port.
+
+        The package's own validate() would look for a stream's (wss) signature at port 80.
+        """
+        url = urlsplit(self.base_url(request) + request.path)
+        schemes = ["wss", "ws"] if "/twilio/stream" in url.path else ["https", "http"]
+        name = url.netloc.rpartition(":")[0] if url.port else url.netloc
+        return [
+            url._replace(scheme=scheme, netloc=netloc).geturl()
+            for scheme in (schemes[:1] if self.settings.public_base_url else schemes)
+            for netloc in (url.netloc, name, f"{name}:443")
+        ]
 
     def answer_call(self, form: Form, base: str) -> str:
         """TwiML for a new call: open the stream, and afterwards ask /twilio/next. The model is dialled now."""
         sid = form.first("CallSid")
         call = self.calls.get(sid)  # Twilio may deliver a webhook twice
-        if call is None and self.draining:
-            return say_and_hang_up(RESTARTING)
-        if call is None and len(self.calls) >= self.settings.max_calls:
-            log.warning("busy: %d calls, and MAX_CALLS is %d", len(self.calls), self.settings.max_calls)
-            return say_and_hang_up(BUSY)
+        if call is None and (refusal := self.no_room()):
+            return refusal
         if call is None and sid:
-            call = Call(self, sid, form.first("From"), form.first("To"))
-            self.keep(call)
+            call = self.begin(sid, form.first("From"), form.first("To"))
         token = call.token if call else self.new_token(sid)
-        parameters = {"token": token, "from": form.first("From"), "to": form.first("To")}
-        stream = (
-            "wss://" + base.partition("://")[2] + "/twilio/stream"
-        )  # query strings do not survive: <Parameter> does
+        machine = self.settings.fly_machine_id
+        stream = "wss://" + base.partition("://")[2] + "/twilio/stream" + (machine and f"/{machine}")
+        after = f"{base}/twilio/next" + (machine and f"?machine={machine}")
+        parameters = {"token": token, "from": form.first("From"), "to": form.first("To")}  # a query would not survive
         return twiml(
             f"<Connect><Stream url={quoteattr(stream)}>",
             *(f"<Parameter name={quoteattr(name)} value={quoteattr(value)}/>" for name, value in parameters.items()),
-            f'</Stream></Connect><Redirect method="POST">{escape(base)}/twilio/next</Redirect>',
+            f'</Stream></Connect><Redirect method="POST">{escape(after)}</Redirect>',
         )
 
-    def after_call(self, sid: str) -> str:
+    def after_call(self, form: Form) -> str:
         """TwiML for when the bridge has closed the stream."""
-        self.not_yet_asked.discard(sid)
-        return self.next_twiml.get(sid) or say_and_hang_up("")
+        self.not_yet_asked.pop(form.first("CallSid"), None)
+        return self.next_twiml.get(form.first("CallSid"), HANG_UP)
+
+    def no_room(self) -> str:
+        """What a further caller hears instead; "" when there is room."""
+        if self.draining:
+            return say_and_hang_up(RESTARTING)
+        if len(self.calls) < self.settings.max_calls:
+            return ""
+        log.warning("busy: %d calls, and MAX_CALLS is %d", len(self.calls), self.settings.max_calls)
+        return say_and_hang_up(BUSY)
 
     def new_token(self, sid: str) -> str:
-        expiry = int(time.time()) + TOKEN_S
-        return f"{expiry}.{self.token_mac(sid, expiry)}"
+        return self.token(sid, int(time.time()) + TOKEN_S)
 
-    def token_mac(self, sid: str, expiry: int) -> str:
-        return hmac.digest(self.secret, f"stream {sid} {expiry}".encode(), "sha256").hex()
+    def token(self, sid: str, expiry: int) -> str:
+        return f"{expiry}." + hmac.digest(self.secret, f"stream {sid} {expiry}".encode(), "sha256").hex()
 
     def token_is_good(self, token: str, sid: str) -> bool:
         """Made by this bridge (or another machine of it) for this CallSid, not expired, and not used before."""
         expiry = re.match(r"(\d{1,12})\.", token)
         if not expiry or token in self.used_tokens or int(expiry[1]) < time.time():
             return False
-        if not hmac.compare_digest(f"{expiry[0]}{self.token_mac(sid, int(expiry[1]))}".encode(), token.encode()):
+        if not hmac.compare_digest(self.token(sid, int(expiry[1])).encode(), token.encode()):
             return False
-        forget_oldest(self.used_tokens)[token] = time.monotonic()
+        keep(self.used_tokens, token, None)
         return True
 
-    def keep(self, call: Call) -> None:
-        self.calls[call.sid] = call
+    def begin(self, sid: str, caller: str, called: str) -> Call:
+        call = self.calls[sid] = Call(self, sid, caller, called)
         call.life = asyncio.get_running_loop().create_task(call.live())
+        return call
 
     async def take_stream(self, twilio: ServerConnection) -> None:
         """A stream whose handshake was let in (websockets' handler): wait for its `start`, then for the call's end."""
         assert isinstance(twilio, TwilioLeg)
-        started: asyncio.Future[Any] = asyncio.get_running_loop().create_future()  # -> the Call, or None
+        started: asyncio.Future[Any] = asyncio.get_running_loop().create_future()  # -> the Call, or None if refused
         closed: asyncio.Future[Any] = asyncio.ensure_future(twilio.wait_closed())
         twilio.deliver_to(functools.partial(self.start_stream, twilio, started))
         await asyncio.wait([started, closed], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        call = started.result() if started.done() else None
-        if call is not None and call.life is not None:
+        if started.done() and (call := started.result()):
             await asyncio.wait([call.life, closed], return_when=asyncio.FIRST_COMPLETED)
             call.end("caller hung up" if twilio.close_code in (1000, 1001, 1005) else "twilio lost")
             await asyncio.wait([call.life])
-        elif not started.done():
+        else:
+            if not started.done():
+                log.warning("a stream from %s was closed: it sent no start in %g s", twilio.peer, START_TIMEOUT_S)
             started.cancel()
-            log.warning("a stream was closed: it sent no start within %g s", START_TIMEOUT_S)
-        await twilio.hang_up(1000 if call else 1008)
+            await twilio.hang_up(1008)
         closed.cancel()
 
     def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Any], message: bytes) -> None:
         """Twilio's first messages: `connected`, then `start`, which must bring the token."""
-        if started.done():
+        event = json.loads(message)
+        if started.done() or event["event"] != "start":
             return
-        try:
-            event = json.loads(message)
-            if event["event"] != "start":
-                return
-            start = event["start"]
-            sid, stream_sid, given = (
-                str(start["callSid"]),
-                str(start["streamSid"]),
-                dict(start.get("customParameters") or {}),
-            )
-        except (ValueError, KeyError, TypeError) as fault:
-            log.warning("a stream was refused: its start is not as Twilio sends it (%r)", fault)
-            return started.set_result(None)
+        sid, stream_sid = event["start"]["callSid"], event["start"]["streamSid"]
+        given = event["start"].get("customParameters") or {}
         call = self.calls.get(sid)
-        if not self.token_is_good(str(given.get("token", "")), sid) or (call and call.stream_sid):
-            log.warning("a stream was refused: it brought no valid token for call %s", sid[:40])
+        if not self.token_is_good(str(given.get("token")), sid) or (call and call.stream_sid):
+            log.warning("a stream was refused: it brought no valid token for call %.40s", sid)
             return started.set_result(None)
-        if call is None and (self.draining or len(self.calls) >= self.settings.max_calls):
-            self.ended_by_us(sid, say_and_hang_up(RESTARTING if self.draining else BUSY))
+        if call is None and (refusal := self.no_room()):
+            self.ended_by_us(sid, refusal)
             return started.set_result(None)
-        if call is None:  # another machine answered the webhook; the model is dialled from here
-            call = Call(self, sid, str(given.get("from", "")), str(given.get("to", "")))
-            self.keep(call)
+        if call is None:  # another machine answered the webhook: the model is dialled from here
+            call = self.begin(sid, given.get("from", ""), given.get("to", ""))
         started.set_result(call)
         call.open_stream(twilio, stream_sid)
-        self.peak_calls = max(self.peak_calls, sum(1 for c in self.calls.values() if c.stream_sid))
+        self.peak_calls = max(self.peak_calls, self.health()["calls"])
+        return None
 
     def ended_by_us(self, sid: str, next_twiml: str) -> None:
-        forget_oldest(self.next_twiml)[sid] = next_twiml
-        self.not_yet_asked.add(sid)
+        keep(self.next_twiml, sid, next_twiml)
+        keep(self.not_yet_asked, sid, None)
 
 
-def forget_oldest(memory: dict[str, Any]) -> dict[str, Any]:
-    while len(memory) >= REMEMBERED:
+def keep(memory: dict[str, Any], key: str, value: Any) -> None:
+    """Remember the latest ones only."""
+    memory[key] = value
+    if len(memory) > REMEMBERED:
         del memory[next(iter(memory))]
-    return memory
 
 
 # ── 4 The call ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The model
+UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
+SESSION_TIMEOUT_S = 8.0  # more silence than that is too much: the caller hears an apology
+DIAL_PAUSE_S = 0.5  # between attempts
+LOST_AGAIN_S = 10.0  # a session that is lost so soon after another will not last either
+RETRY_PAUSES_S = (1.0, 2.0)  # before an answer that failed is asked for again
+FINAL_ERRORS = {  # that trying again does not mend
+    *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
+    *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
+}
+CREATE_RESPONSE = b'{"type":"response.create"}'
+HISTORY = 200  # texts that a new session is told
+
+# The caller's audio
+HELD_MS = 30_000.0  # so much is kept while no session is ready
+PREROLL_MS = 1000.0  # … and else so much, for a session after this one
+HOLE_MS = 40.0  # timestamps that are off by less are jitter
+LATE_S = 0.1  # a frame that comes so long after the one before it is late: frames come every 20 ms
+NO_FRAMES_S = 0.75  # network jitter is shorter; longer than the pause that ends a turn
+# The form of Twilio's media messages; one of another form is parsed as JSON.
+MEDIA = re.compile(rb'\{"event":"media",[^{]*"media":\{[^}]*?"timestamp":"(\d+)","payload":"([A-Za-z0-9+/=]+)"')
+
+# The model's audio
+MARK_CHARS = 2112  # of base64: 1584 bytes, 198 ms. A multiple of 4, so that each piece is base64 of its own
+
+# The end
+MODEL_LOST = "model lost"
+MAX_GOODBYE_S = 60.0  # of what is queued is heard out
+GOODBYE_SLACK_S = 15.0  # for words that the model has yet to say
+
+
+def dump(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def size_of(payload: bytes) -> int:
+    """The number of bytes in base64 text, without decoding it."""
+    return len(payload) * 3 // 4 - payload[-2:].count(b"=")
+
+
+def is_final(close_code: int | None) -> bool:
+    """3000 invalid_api_key, 4000 invalid_model, 4004 model_not_found …: what the application itself refuses."""
+    return close_code is not None and 3000 <= close_code < 5000
+
+
+class Refused(Exception):
+    """OpenAI will not have the session, and asking again would not help."""
 
 
 @dataclass(slots=True)
@@ -739,7 +811,7 @@ class Ending:
 
 
 class Call:
-    """One call: what Twilio has and what OpenAI has. Made at the webhook, or at a `start` that came to another machine."""
+    """One call: what Twilio has, and what OpenAI has. Begun at the webhook, or at a `start` on another machine."""
 
     def __init__(self, bridge: Bridge, sid: str, caller: str, called: str) -> None:
         self.bridge = bridge
@@ -941,7 +1013,7 @@ class Call:
         self.to_openai("session.update", session=session)
 
     def session_granted(self, session: Mapping[str, Any]) -> None:
-        """OpenAI says what it made of our session.update. Audio in another format would be noise in the caller's ear."""
+        """OpenAI says what it made of our session.update. Audio in another format would be noise to the caller."""
         if self.granted is None or self.granted.done():
             return
         for way in ("input", "output"):
@@ -993,7 +1065,7 @@ class Call:
             self.settle(item)
 
     def give_up(self, why: str) -> None:
-        """The model cannot be had. What it has said is heard out, then the caller hears an apology instead of silence."""
+        """The model cannot be had. What it has said is heard out; then the caller hears an apology, not silence."""
         self.note(logging.ERROR, "%s: the caller hears an apology", why)
         self.emit("model_failed", error=f"{why}: the caller hears an apology")
         openai = self.openai
@@ -1013,7 +1085,7 @@ class Call:
     # The model hears by the call's clock: 20 ms of audio for each 20 ms. Twilio sometimes leaves a hole (its timestamps
     # jump, or nothing comes for a while). Then the model's ears would stand still, and it would wait for ever for the
     # end of a sentence. So holes are filled with silence: at a jump as much as is missing; when nothing comes while the
-    # caller is speaking, as time passes. `call_ms` counts both, so audio that comes late all the same adds nothing twice.
+    # caller is speaking, as time passes. `call_ms` counts both, so that audio which comes late is not padded twice.
     #
     # `ears` keeps the audio that a new session would need: all since the caller began to speak, or else the last second
     # (a word's beginning, before OpenAI has noticed it); while no session is ready, everything, up to 30 s.
@@ -1040,10 +1112,13 @@ class Call:
 
     def hear(self, payload: bytes, timestamp_ms: int) -> None:
         """The caller's voice, usually 20 ms of it; the timestamp counts from the beginning of the stream."""
-        self.frame_at = self.loop.time()
+        now = self.loop.time()
+        self.bridge.frames_from_callers += 1
+        self.bridge.late_frames += now - self.frame_at > LATE_S
+        self.frame_at = now
         ms = size_of(payload) / 8
-        if not 0 <= self.call_ms <= timestamp_ms + RESYNC_MS:
-            self.call_ms = timestamp_ms  # the first frame; or Twilio's clock has begun anew
+        if self.call_ms < 0:
+            self.call_ms = timestamp_ms  # the first frame
         elif timestamp_ms - self.call_ms >= HOLE_MS:
             self.hear_silence(timestamp_ms - self.call_ms)
             self.call_ms = timestamp_ms
@@ -1208,6 +1283,7 @@ class Call:
             self.sent = item.ends = self.sent + size_of(payload.encode())
             mark = f"{item_id}:{self.sent}"
             self.marks.append((mark, self.sent))
+            self.bridge.pieces_to_callers += 1
             messages.append(self.for_twilio("media", media={"payload": payload}))
             messages.append(self.for_twilio("mark", mark={"name": mark}))
         self.to_twilio(*messages)
@@ -1286,7 +1362,7 @@ class Call:
     #
     # When the caller has spoken, OpenAI answers by itself. The bridge asks for an answer (response.create) only for the
     # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, so what is
-    # `wanted` waits until none is, and until the caller is not speaking; an answer that begins meanwhile makes it needless.
+    # `wanted` waits until none is, and until the caller is silent; an answer that begins meanwhile makes it needless.
 
     def ask(self, create: bytes) -> None:
         self.wanted = create
@@ -1391,17 +1467,17 @@ class Call:
     # ── 10 The end ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def hang_up(self) -> None:
-        """End the call when the goodbye has been heard to its end; a caller who goes on talking calls it off. From any thread."""
-        self.loop.call_soon_threadsafe(self.end_when_heard, "hung up", say_and_hang_up(""), True)
+        """End the call once the goodbye has been heard; a caller who goes on talking calls it off. From any thread."""
+        self.loop.call_soon_threadsafe(self.end_when_heard, "hung up", HANG_UP, True)
 
     def transfer(self, number: str) -> None:
-        """Connect the caller with another telephone, like hang_up. Raises ValueError for what is no number. From any thread."""
+        """Connect the caller with another telephone, like hang_up; ValueError for what is none. From any thread."""
         if not re.fullmatch(r"\+[1-9]\d{6,14}", number):
             raise ValueError(f"{number!r} is not a telephone number: give one such as +81312345678 (E.164)")
         self.loop.call_soon_threadsafe(self.end_when_heard, "transferred", twiml(f"<Dial>{number}</Dial>"), True)
 
     def end_when_heard(self, reason: str, next_twiml: str, can_be_called_off: bool = False) -> None:
-        """Let what is being said be heard to its end, within a limit; then close the stream: Twilio asks /twilio/next."""
+        """Let what is being said be heard to its end, within a limit; then Twilio asks /twilio/next."""
         if self.ending and not self.ending.can_be_called_off:
             return
         self.ending = Ending(reason, next_twiml, can_be_called_off)
@@ -1425,48 +1501,6 @@ class Call:
             self.over.set_result(reason)
 
 
-class Refused(Exception):
-    """OpenAI will not have the session, and asking again would not help."""
-
-
-MODEL_LOST = "model lost"
-SESSION_TIMEOUT_S = 8.0  # silence that a caller may be asked to bear
-DIAL_PAUSE_S = 0.5
-LOST_AGAIN_S = 10.0
-RETRY_PAUSES_S = (1.0, 2.0)
-FINAL_ERRORS = {
-    *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
-    *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
-}
-CREATE_RESPONSE = b'{"type":"response.create"}'
-HISTORY = 200  # texts that a new session is told
-
-# The form in which Twilio's media messages come; each of another form is parsed.
-MEDIA = re.compile(rb'\{"event":"media",[^{]*"media":\{[^}]*?"timestamp":"(\d+)","payload":"([A-Za-z0-9+/=]+)"')
-HELD_MS = 30_000.0  # of the caller's audio, while no session is ready
-PREROLL_MS = 1000.0
-HOLE_MS = 40.0  # timestamps that are off by less are jitter
-RESYNC_MS = 60_000.0
-NO_FRAMES_S = 0.75  # network jitter is shorter; longer than a pause that ends a turn
-MARK_CHARS = 2112  # of base64: 1584 bytes, 198 ms. A multiple of 4, so each piece is base64 of its own
-MAX_GOODBYE_S = 60.0
-GOODBYE_SLACK_S = 15.0  # for words that the model has yet to say
-
-
-def dump(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def size_of(payload: bytes) -> int:
-    """The number of bytes in base64 text, without decoding it."""
-    return len(payload) * 3 // 4 - payload[-2:].count(b"=")
-
-
-def is_final(close_code: int | None) -> bool:
-    """3000 invalid_api_key, 4000 invalid_model, 4004 model_not_found …: what an application says stays said."""
-    return close_code is not None and 3000 <= close_code < 5000
-
-
 # ── 11 Serve ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1476,6 +1510,7 @@ class NoHooks:
     tools: list[dict[str, Any]] = []
     pages: dict[str, Any] = {}
     stand_in = None
+    dropped = 0
 
     def emit(self, event: str, call: Call, at: float, facts: Mapping[str, Any]) -> None:
         pass
@@ -1527,8 +1562,9 @@ async def drain(bridge: Bridge) -> None:
     """Let the calls end by themselves, then end them; and answer Twilio's question what comes after."""
 
     async def wait_for(done: Callable[[], bool], limit_s: float) -> None:
-        deadline = time.monotonic() + limit_s
-        while not done() and time.monotonic() < deadline:
+        for _ in range(int(limit_s * 20)):
+            if done():
+                break
             await asyncio.sleep(0.05)
 
     await wait_for(lambda: not bridge.calls, bridge.settings.drain_seconds)
@@ -1559,6 +1595,7 @@ async def run(settings: Settings, hooks: Any) -> int:
             log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)
             if "/" in hooks.pages and not settings.twilio_auth_token:
                 log.info("to talk to it from this computer, open http://localhost:%d/ in a browser", port)
+            pulse = loop.create_task(bridge.feel_pulse())
             await stop.wait()
             bridge.draining = True
             log.info(
@@ -1567,6 +1604,7 @@ async def run(settings: Settings, hooks: Any) -> int:
                 settings.drain_seconds,
             )
             await drain(bridge)
+            pulse.cancel()
     except OSError as fault:
         print(
             f"bridge.py: cannot listen on port {port}: {fault.strerror}. Set PORT to a free one",

@@ -468,6 +468,7 @@ class Spy:
         self.told: list[tuple[str, float, dict[str, Any]]] = []
         self.calls: list[Any] = []
         self.results: Callable[..., Any] | None = None
+        self.dropped = 0
 
     def listens(self, event: str) -> bool:
         return True

@@ -122,6 +122,11 @@ class Host:
     def listens(self, event: str) -> bool:
         return bool(self.handled[event])
 
+    @property
+    def dropped(self) -> int:
+        """Events that files were too slow for, since the start."""
+        return sum(file.dropped_in_all for file in self.files.values())
+
     def emit(self, event: str, call: Any, at: float, facts: Mapping[str, Any]) -> None:
         """Tell each file that handles this event; from the loop's thread. `at` is time.monotonic() of the event."""
         for file in self.handled[event]:
@@ -169,7 +174,8 @@ class HookFile:
         self.name = name
         self.handlers: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}  # event -> function, its arguments
         self.waiting: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
-        self.dropped = 0
+        self.dropped = 0  # since the last that was taken
+        self.dropped_in_all = 0
         self.thread: threading.Thread | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
@@ -200,6 +206,7 @@ class HookFile:
             self.thread.start()
         if self.waiting.qsize() >= MAX_WAITING:
             self.dropped += 1
+            self.dropped_in_all += 1
             if self.dropped == 1:
                 log.error("hooks/%s.py is too slow: %d events wait, new ones are dropped", self.name, MAX_WAITING)
             return
