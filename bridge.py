@@ -49,6 +49,7 @@ import signal
 import ssl
 import sys
 import time
+import webbrowser
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -612,7 +613,7 @@ class Bridge:
                 return ""
         return (
             f"its signature is not that of {self.signed_urls(request)[0].partition('?')[0]}: TWILIO_AUTH_TOKEN must "
-            "be the account's primary token, and PUBLIC_BASE_URL the address in the number's Console page, to the letter"
+            "be the account's primary token, and PUBLIC_BASE_URL the address on the number's page, to the letter"
         )
 
     def signed_urls(self, request: Request) -> list[str]:
@@ -1594,7 +1595,10 @@ async def run(settings: Settings, hooks: Any) -> int:
         async with open_line(bridge, settings.host, port):
             log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)
             if "/" in hooks.pages and not settings.twilio_auth_token:
-                log.info("to talk to it from this computer, open http://localhost:%d/ in a browser", port)
+                page = f"http://localhost:{port}/"
+                log.info("to talk to it from this computer, open %s in a browser", page)
+                if "--open" in sys.argv:
+                    webbrowser.open(page)
             pulse = loop.create_task(bridge.feel_pulse())
             await stop.wait()
             bridge.draining = True

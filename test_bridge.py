@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import logging
 import os
 import random
 import re
@@ -24,7 +23,7 @@ import sys
 import time
 import tomllib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -85,6 +84,8 @@ class PretendTwilio:
         self.clears = 0
         self.faults: list[str] = []
         self.parameters: dict[str, str] = {}
+        self.stream_url = (self.base or "https://x").replace("https", "wss") + "/twilio/stream"
+        self.after = "/twilio/next"
 
     def signature(self, url: str, form: dict[str, str]) -> dict[str, str]:
         if not self.auth_token:
@@ -106,6 +107,7 @@ class PretendTwilio:
         stream = twiml.find("Connect/Stream")
         assert stream is not None, ElementTree.tostring(twiml)
         self.stream_url = stream.attrib["url"]
+        self.after = "/twilio/next" + twiml.findtext("Redirect", "").partition("/twilio/next")[2]
         self.parameters = {p.attrib["name"]: p.attrib["value"] for p in stream.findall("Parameter")}
         if self.token is not None:
             self.parameters["token"] = self.token
@@ -113,8 +115,8 @@ class PretendTwilio:
 
     async def connects(self) -> PretendTwilio:
         """Open the stream: handshake, `connected`, `start`."""
-        headers = self.signature("wss" + self.base.removeprefix("https") + "/twilio/stream", {})
-        url = f"ws://127.0.0.1:{self.port}/twilio/stream"
+        headers = self.signature(self.stream_url, {})
+        url = f"ws://127.0.0.1:{self.port}/twilio/stream{self.stream_url.partition('/twilio/stream')[2]}"
         self.socket = await connect(url, additional_headers=headers, compression=None, close_timeout=1)
         self.reader = asyncio.create_task(self.listen())
         await self.sends({"event": "connected", "protocol": "Call", "version": "1.0.0"})
@@ -386,6 +388,11 @@ class PretendSession:
         self.seen += 1
         assert event["type"] == kind, f"{event} instead of {kind}"
         return event
+
+    async def asked(self) -> None:
+        """The greeting has been asked for, and its response has begun."""
+        await self.gets("response.create")
+        await until(lambda: self.response)
 
     async def caught_up(self) -> None:
         """Everything that was sent to the bridge has been handled, and what it sent because of it has come."""
@@ -1863,7 +1870,7 @@ async def a_whole_call(twilio: PretendTwilio, openai: PretendOpenAI, speech: byt
     """Greeting, three turns, one of them interrupted, and the caller hangs up."""
     await twilio.calls()
     session = await openai.session()
-    await session.gets("response.create")
+    await session.asked()
     await session.says(voice(300, 1), "こんにちは、鈴木です。")
     await until(lambda: twilio.heard_so_far() == voice(300, 1))
     for turn, (asks, answers) in enumerate(
@@ -1931,6 +1938,7 @@ async def test_sigterm_refuses_new_calls_lets_running_ones_end_and_exits_with_0(
     async with a_process(tmp_path / "log") as bridge_process:
         twilio = await bridge_process.caller().calls()
         openai = await bridge_process.openai.session()
+        await openai.asked()
         bridge_process.process.send_signal(signal.SIGTERM)
         await until(lambda: "stopping" in bridge_process.log.read_text())
         answer = await bridge_process.caller().post("/twilio/voice")
@@ -1947,6 +1955,7 @@ async def test_calls_that_outlast_drain_seconds_are_ended_politely(tmp_path: Pat
     async with a_process(tmp_path / "log", DRAIN_SECONDS="0.2") as bridge_process:
         twilio = await bridge_process.caller().calls()
         openai = await bridge_process.openai.session()
+        await openai.asked()
         await openai.says(voice(700))
         await openai.caught_up()
         bridge_process.process.send_signal(signal.SIGTERM)
@@ -1970,6 +1979,82 @@ def test_a_port_that_is_taken_is_said_in_one_line() -> None:
     assert done.returncode == 1 and "Set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+async def through_a_proxy(machines: dict[str, int], replays: bool) -> tuple[asyncio.Server, int]:
+    """A proxy in front of several machines that sends each request to the next one, as Fly's does: with `replays`, a
+    request that is answered with fly-replay is delivered again to the machine that this names."""
+    turns = itertools.cycle(machines)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        body = await reader.readexactly(int(length[1])) if length else b""
+        machine, source = next(turns), b""
+        while True:
+            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", machines[machine])
+            back_writer.write(head[:-2] + source + b"\r\n" + body)
+            answer = await back_reader.readuntil(b"\r\n\r\n")
+            replay = re.search(rb"fly-replay: prefer_instance=(\w+)", answer)
+            if not (replay and replays):
+                break
+            machine, source = replay[1].decode(), b"fly-replay-src: instance=" + machine.encode() + b"\r\n"
+            back_writer.close()
+        writer.write(answer)
+
+        async def pump(one: asyncio.StreamReader, other: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await one.read(65536):
+                    other.write(data)
+            other.close()
+
+        await asyncio.gather(pump(reader, back_writer), pump(back_reader, writer))
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("on_fly", [True, False])
+async def test_webhook_stream_and_next_may_reach_different_machines(on_fly: bool) -> None:
+    def machine(name: str) -> Any:
+        return a_line(**SIGNED, fly_machine_id=name if on_fly else "")
+
+    async with machine("a1") as one, machine("b2") as other:
+        proxy, port = await through_a_proxy({"a1": one.port, "b2": other.port}, replays=on_fly)
+        twilio = one.caller()
+        twilio.port = port
+        await twilio.calls()
+        held_by = one if on_fly else other
+        openai = await held_by.openai.session()
+        await openai.says(voice(200))
+        await until(lambda: twilio.heard_so_far() == voice(200))
+        assert len(one.openai.sessions) + len(other.openai.sessions) == (1 if on_fly else 2)
+        held_by.hooks.calls[0].transfer("+81312345678")
+        await asyncio.wait_for(twilio.socket.wait_closed(), 5)
+        answer = await twilio.post(twilio.after)
+        assert ("<Dial>" in answer) or not on_fly, answer
+        proxy.close()
+
+
+async def test_a_machine_that_is_gone_is_not_asked_for_again() -> None:
+    async with a_line(**SIGNED, fly_machine_id="b2") as line:
+        headers = {"fly-replay-src": "instance=b2", **signed("https://mycompany.com/twilio/next?machine=a1", {})}
+        status, answer_headers, body = await http(line.port, "POST", "/twilio/next?machine=a1", b"", headers)
+        assert status == 200 and "fly-replay" not in answer_headers and "<Hangup/>" in body
+
+
+async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        openai = await bridge_process.openai.session()
+        await openai.asked()
+        await twilio.speaks(voice(200))
+        await openai.says(voice(400))
+        await until(lambda: len(openai.heard) == 1600 and twilio.heard_so_far() == voice(400))
+        health = json.loads((await http(bridge_process.port, "GET", "/health"))[2])
+        assert (health["frames_from_callers"], health["pieces_to_callers"]) == (10, 3)  # 300 ms in two pieces, 100 ms in one
+        assert health["dropped_hook_events"] == 0 and 0 <= health["loop_delay_p99_ms"] < 100
+        await twilio.hangs_up()
+
+
 # ── The files around it ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1982,6 +2067,41 @@ def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
     last_words_s = bridge.MAX_GOODBYE_S / 4 + bridge.GOODBYE_SLACK_S + 2
     assert fly["kill_signal"] == "SIGTERM" and fly["kill_timeout"] >= bridge.Settings().drain_seconds + last_words_s
     assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
+
+
+def settings_named_in(text: str) -> list[str]:
+    return re.findall(r"^(?:\| `|# )([A-Z][A-Z_]+)[`=]", text, re.MULTILINE)
+
+
+def test_the_readmes_table_env_example_and_the_code_name_the_same_settings() -> None:
+    readme = (HERE / "README.md").read_text()
+    ours = [field.name.upper() for field in dataclasses.fields(bridge.Settings) if field.name != "fly_machine_id"]
+    of_hooks = {
+        name
+        for path in (HERE / "hooks").glob("*.py")
+        for name in re.findall(r"""(?:environ\.get\(|environ\[|setting\()["']([A-Z_]+)""", path.read_text())
+    }
+    tables = readme.split("## Settings")[1].split("## How it works")[0]
+    table, hooks_table = (part.split("|---|", 1)[1] for part in tables.split("Settings of single hook"))
+    assert settings_named_in(table) == ours
+    assert set(settings_named_in(hooks_table)) >= of_hooks - set(ours)
+    named = settings_named_in((HERE / ".env.example").read_text())
+    assert named == ours + settings_named_in(hooks_table)
+
+
+def test_the_readmes_table_of_events_is_that_of_the_host_and_each_is_emitted() -> None:
+    table = (HERE / "README.md").read_text().split("<!-- events -->")[1].split("\n\n")[0]
+    listed = {name: tuple(arguments.split(", ")) for name, arguments in re.findall(r"\| `(\w+)\((.*?)\)`", table)}
+    host = bridge.load_hooks("")
+    assert listed == sys.modules[type(host).__module__].EVENTS
+    source = (HERE / "bridge.py").read_text()
+    assert [name for name in listed if f'emit("{name}"' not in source] == []
+
+
+def test_the_readme_has_a_line_on_each_hook_file() -> None:
+    readme = (HERE / "README.md").read_text()
+    files = [path.name for path in sorted((HERE / "hooks").glob("[!_]*.py"))]
+    assert [name for name in files if f"| `{name}` |" not in readme] == []
 
 
 def test_nothing_else_stands_at_the_top_level() -> None:

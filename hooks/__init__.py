@@ -134,8 +134,10 @@ class Host:
 
     async def run_tool(self, call: Any, name: str, arguments: str) -> str:
         """What the tool returns, as text; a failure is told in words, so that the model can tell the caller."""
+        function = self.functions.get(name)
+        if function is None:
+            return f"Error: there is no tool named {name}."
         try:
-            function = self.functions[name]
             async with asyncio.timeout(TOOL_TIMEOUT_S):
                 given = check_arguments(function, json.loads(arguments or "{}"))
                 if "call" in inspect.signature(function).parameters:
@@ -147,8 +149,6 @@ class Host:
         except TimeoutError:
             log.error("tool %s took longer than %g s", name, TOOL_TIMEOUT_S)
             return f"Error: {name} did not answer within {TOOL_TIMEOUT_S:g} seconds."
-        except KeyError if name not in self.functions else ():
-            return f"Error: there is no tool named {name}."
         except Exception as fault:
             log.exception("tool %s failed", name)
             return f"Error: {type(fault).__name__}: {fault}"

@@ -183,10 +183,10 @@ def read_places(areas: Any) -> dict[str, list[Place]]:
 
 def find(asked: str, places: dict[str, list[Place]]) -> list[Place]:
     """The places that may be meant: none, one, or several whose forecasts differ."""
-    names = [(fold(asked).removesuffix("japan"), "")]  # with the prefecture it must lie in; empty: any
+    whole = fold(asked[:100]).removesuffix("japan")
+    names = [(whole, "")]  # with the prefecture it must lie in; empty: any
     for prefix, found in places.items():
         if found[0].rank <= 1:  # 広島県府中市, 広島の府中, Fuchu, Hiroshima
-            whole = names[0][0]
             rests = (whole.removeprefix(prefix), whole.removeprefix(prefix + "の"), whole.removesuffix(prefix))
             names += [(rest, found[0].prefecture) for rest in rests if rest not in ("", whole)]
     names += [(KIND.sub("", name), prefecture) for name, prefecture in names]  # Osaka-fu
