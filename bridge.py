@@ -977,6 +977,8 @@ class Call:
                     proxy=None,
                     open_timeout=5,
                     close_timeout=1,
+                    ping_interval=5,  # a line that is dead without a word is found in 10 s
+                    ping_timeout=5,
                     max_size=16 << 20,  # bytes; one audio delta is some 10 KB
                 )
             except (OSError, InvalidHandshake) as fault:
@@ -1098,7 +1100,8 @@ class Call:
         event = json.loads(message)
         match event["event"]:
             case "media":
-                self.hear(event["media"]["payload"].encode(), int(event["media"]["timestamp"]))
+                payload = base64.b64encode(base64.b64decode(event["media"]["payload"], validate=True))
+                self.hear(payload, int(event["media"]["timestamp"]))
             case "mark":
                 self.mark_returned(event["mark"]["name"])
             case "dtmf":
@@ -1118,6 +1121,8 @@ class Call:
         self.bridge.late_frames += now - self.frame_at > LATE_S
         self.frame_at = now
         ms = size_of(payload) / 8
+        if ms <= 0:
+            return
         if self.call_ms < 0:
             self.call_ms = timestamp_ms  # the first frame
         elif timestamp_ms - self.call_ms >= HOLE_MS:
@@ -1489,9 +1494,13 @@ class Call:
         self.timers["goodbye"] = self.loop.call_later(limit_s, self.end, reason)
         self.end_if_heard()
 
+    @property
+    def busy(self) -> bool:
+        """The model is being heard, or is about to speak, or a tool runs."""
+        return bool(self.marks or self.early_speech or self.response_id or self.asking or self.wanted or self.tasks)
+
     def end_if_heard(self) -> None:
-        busy = self.marks or self.early_speech or self.response_id or self.asking or self.wanted or self.tasks
-        if self.ending and not busy:
+        if self.ending and not self.busy:
             self.end(self.ending.reason)
 
     def end(self, reason: str) -> None:

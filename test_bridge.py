@@ -1085,7 +1085,7 @@ async def test_a_message_that_is_not_as_documented_is_logged_and_the_call_goes_o
 ) -> None:
     async with a_call() as (twilio, openai, _):
         await twilio.socket.send("not json")
-        await twilio.sends({"event": "media"})
+        await twilio.sends({"event": "media", "media": {"timestamp": "0", "payload": '"},{"type":"session.close"'}})
         await twilio.sends({"event": "a new one"})
         await openai.sends("response.output_audio.delta")
         await openai.sends("a.new.one")

@@ -25,6 +25,7 @@ import json
 import logging
 import mimetypes
 import queue
+import re
 import sys
 import threading
 import time
@@ -71,7 +72,7 @@ def load(folder: Path, names: str | None) -> Host:
         if name not in there:
             raise ValueError(f"HOOKS names {name!r}, but there is no hooks/{name}.py: choose from {', '.join(there)}")
     host = Host()
-    for name in sorted(chosen, key="log".__ne__):  # log.py first: it shapes what the others log while they load
+    for name in sorted(dict.fromkeys(chosen), key="log".__ne__):  # log.py first: it shapes what the others log
         host.add(name, folder / f"{name}.py")
     log.info("hooks: %s; tools: %s", ", ".join(host.files) or "none", ", ".join(host.functions) or "none")
     return host
@@ -96,26 +97,29 @@ class Host:
         sys.modules[private_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception:
+            tools = list(getattr(module, "TOOLS", []))
+            pages = dict(getattr(module, "PAGES", {}))
+        except (Exception, SystemExit):
             log.exception("hooks/%s.py does not import and is left out", name)
             return
         file = self.files[name] = HookFile(name)
-        not_events = {id(function) for function in getattr(module, "TOOLS", [])}
-        not_events |= {id(getattr(module, "STAND_IN", None)), *map(id, getattr(module, "PAGES", {}).values())}
-        for function in vars(module).copy().values():
+        not_events = {id(thing) for thing in (getattr(module, "STAND_IN", None), *tools, *pages.values())}
+        for event, function in vars(module).copy().items():
             if inspect.isfunction(function) and function.__module__ == private_name and id(function) not in not_events:
-                file.listen(function)
+                file.listen(event, function)
         for event in file.handlers:
             self.handled[event].append(file)
-        for function in getattr(module, "TOOLS", []):
+        for function in tools:
             try:
                 schema = tool_schema(function)
+                if schema["name"] in self.functions:
+                    raise TypeError("there is another tool of this name")
             except Exception as fault:
                 log.error("hooks/%s.py: tool %s is left out: %s", name, getattr(function, "__name__", function), fault)
             else:
                 self.tools.append(schema)
                 self.functions[schema["name"]] = function
-        for route, page in getattr(module, "PAGES", {}).items():
+        for route, page in pages.items():
             self.pages[route] = serve_page(page)
         self.stand_in = getattr(module, "STAND_IN", None) or self.stand_in
 
@@ -137,22 +141,25 @@ class Host:
         function = self.functions.get(name)
         if function is None:
             return f"Error: there is no tool named {name}."
+        limit = asyncio.timeout(TOOL_TIMEOUT_S)
         try:
-            async with asyncio.timeout(TOOL_TIMEOUT_S):
+            async with limit:
                 given = check_arguments(function, json.loads(arguments or "{}"))
                 if "call" in inspect.signature(function).parameters:
                     given["call"] = call
                 if inspect.iscoroutinefunction(function):
-                    result = await function(**given)
+                    result = function(**given)
                 else:
                     result = await in_thread(lambda: function(**given))
-        except TimeoutError:
-            log.error("tool %s took longer than %g s", name, TOOL_TIMEOUT_S)
-            return f"Error: {name} did not answer within {TOOL_TIMEOUT_S:g} seconds."
-        except Exception as fault:
+                if inspect.iscoroutine(result):
+                    result = await result
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+        except (Exception, SystemExit) as fault:
+            if limit.expired():
+                log.error("tool %s took longer than %g s", name, TOOL_TIMEOUT_S)
+                return f"Error: {name} did not answer within {TOOL_TIMEOUT_S:g} seconds."
             log.exception("tool %s failed", name)
             return f"Error: {type(fault).__name__}: {fault}"
-        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
         return text[:MAX_RESULT]
 
     def close(self, timeout_s: float) -> None:
@@ -165,6 +172,7 @@ class Host:
                 file.thread.join(max(0.0, deadline - time.monotonic()))
                 if file.thread.is_alive():
                     log.error("hooks/%s.py has not come to its end in %g s and is left", file.name, timeout_s)
+            file.count_dropped()
 
 
 class HookFile:
@@ -179,9 +187,8 @@ class HookFile:
         self.thread: threading.Thread | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def listen(self, function: Callable[..., Any]) -> None:
+    def listen(self, event: str, function: Callable[..., Any]) -> None:
         """Take a function as handler of the event it is named after; say so if it looks like a misspelt one."""
-        event = function.__name__
         if event not in EVENTS:
             if not event.startswith("_") and (nearest := difflib.get_close_matches(event, EVENTS, 1, 0.8)):
                 log.error("hooks/%s.py: %s is not an event: did you mean %s?", self.name, event, nearest[0])
@@ -210,10 +217,13 @@ class HookFile:
             if self.dropped == 1:
                 log.error("hooks/%s.py is too slow: %d events wait, new ones are dropped", self.name, MAX_WAITING)
             return
+        self.count_dropped()
+        self.waiting.put((event, facts))
+
+    def count_dropped(self) -> None:
         if self.dropped:
             log.error("hooks/%s.py: %d events were dropped", self.name, self.dropped)
             self.dropped = 0
-        self.waiting.put((event, facts))
 
     def work(self) -> None:
         while (told := self.waiting.get()) is not None:
@@ -223,14 +233,15 @@ class HookFile:
                 result = function(**{name: facts[name] for name in wanted})
                 if inspect.iscoroutine(result):
                     assert self.loop is not None
-                    asyncio.run_coroutine_threadsafe(result, self.loop).result()
-            except Exception:
+                    asyncio.run_coroutine_threadsafe(without_exit(result), self.loop).result()
+            except (Exception, SystemExit):
                 log.exception("hooks/%s.py: %s failed; the call goes on", self.name, event)
 
 
 # ── Tools: a function's name, docstring, hints and defaults are its schema ───────────────────────────────────────
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
+PYTHON_TYPES: dict[str, Any] = {name: kind for kind, name in JSON_TYPES.items()} | {"number": (int, float)}
 
 
 def json_schema(hint: Any) -> dict[str, Any]:
@@ -260,6 +271,8 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     """A function as session.update's `tools` wants it. Raises TypeError for what cannot be described."""
     if not (text := inspect.getdoc(function)):
         raise TypeError("it has no docstring: the model knows from it what the tool is for")
+    if not re.fullmatch(r"\w{1,64}", function.__name__, re.ASCII):
+        raise TypeError("OpenAI takes no such name: up to 64 letters without accents, digits and _")
     hints = typing.get_type_hints(function, include_extras=True)
     properties, required = {}, []
     for parameter in inspect.signature(function).parameters.values():
@@ -284,21 +297,27 @@ def check_arguments(function: Callable[..., Any], given: Any) -> dict[str, Any]:
     for name, value in given.items():
         if name not in schema["properties"]:
             raise TypeError(f"there is no argument {name}; there are: {', '.join(schema['properties']) or 'none'}")
-        kind = schema["properties"][name]["type"]
-        fits: dict[str, Any] = {
-            "number": (int, float),
-            "integer": int,
-            "string": str,
-            "boolean": bool,
-            "object": dict,
-            "array": list,
-        }
-        optional = value is None and name not in schema["required"]
-        if not optional and (not isinstance(value, fits[kind]) or (isinstance(value, bool) and kind != "boolean")):
-            raise TypeError(f"{name} must be of type {kind}")
-        if not optional and value not in schema["properties"][name].get("enum", [value]):
-            raise TypeError(f"{name} must be one of {schema['properties'][name]['enum']}")
-    return dict(given)
+        if value is not None or name in schema["required"]:
+            check_value(name, value, schema["properties"][name])
+    return {name: value for name, value in given.items() if value is not None}  # for null the default stands
+
+
+def check_value(name: str, value: Any, schema: dict[str, Any]) -> None:
+    kind = schema["type"]
+    if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        raise TypeError(f"{name} must be of type {kind}")
+    if value not in schema.get("enum", [value]):
+        raise TypeError(f"{name} must be one of {schema['enum']}")
+    for item in value if kind == "array" else []:
+        check_value(f"each of {name}", item, schema["items"])
+
+
+async def without_exit(work: Awaitable[Any]) -> None:
+    """Await it. What calls sys.exit() has failed like anything that raises: it must not end the loop and all calls."""
+    try:
+        await work
+    except SystemExit as fault:
+        raise RuntimeError(repr(fault)) from fault
 
 
 async def in_thread(work: Callable[[], Any]) -> Any:
@@ -313,6 +332,8 @@ async def in_thread(work: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             done = (future.set_result, work())
+        except (StopIteration, SystemExit) as fault:  # a future cannot carry the one, the other would end the loop
+            done = (future.set_exception, RuntimeError(repr(fault)))
         except BaseException as fault:
             done = (future.set_exception, fault)
         if not loop.is_closed():
