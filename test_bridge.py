@@ -1,7 +1,8 @@
 """What the bridge does, as read from the wire.
 
-At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones; then come tests whose names are
-sentences, in the order in which a call happens. Nothing between the two sockets is mocked. Run: pytest
+At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones (what a client may send is known, to the
+last key, by hooks/offline.py); then come tests whose names are sentences, in the order in which a call happens. Nothing
+between the two sockets is mocked. Run: pytest
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 import bridge
+from hooks import offline
 
 HERE = Path(__file__).parent
 LIMIT_S = 20  # no test waits longer for anything
@@ -235,20 +237,6 @@ class PretendTwilio:
 
 # ── The pretend OpenAI ──────────────────────────────────────────────────────────────────────────────────────────
 
-CLIENT_EVENTS = {  # type -> its keys
-    "session.update": {"session"},
-    "input_audio_buffer.append": {"audio"},
-    "conversation.item.create": {"item"},
-    "conversation.item.truncate": {"item_id", "content_index", "audio_end_ms"},
-    "response.create": {"response"},
-    "response.cancel": {"response_id"},
-}
-SESSION_KEYS = {
-    *("type", "output_modalities", "instructions", "audio", "reasoning", "tools", "tool_choice", "max_output_tokens"),
-    *("truncation", "tracing", "prompt", "parallel_tool_calls", "include"),
-}
-INPUT_KEYS = {"format", "turn_detection", "transcription", "noise_reduction"}
-
 
 class PretendSession:
     """One session of the pretend OpenAI. It checks what it gets as the real one does, and says what a test tells it."""
@@ -286,16 +274,17 @@ class PretendSession:
         if not isinstance(text, str):
             return await self.refuses("invalid_event", "Expected a text WebSocket message")
         event = json.loads(text)
-        kind = event.pop("type")
-        event.pop("event_id", None)
-        if kind not in CLIENT_EVENTS or not set(event) <= CLIENT_EVENTS[kind]:
-            return await self.refuses("unknown_parameter", f"Unknown parameter in {kind}: {list(event)}")
+        kind = event["type"]
+        try:
+            offline.check(event, offline.ByType(offline.EVENTS))
+        except offline.Refused as fault:
+            return await self.refuses(fault.code, fault.message, fault.param)
         if kind == "input_audio_buffer.append":
             if not self.config:
                 self.errors.append("audio before the session was set up: noise")
             self.heard += base64.b64decode(event["audio"], validate=True)
             return None
-        self.received.append({"type": kind, **event})
+        self.received.append(event)
         match kind:
             case "session.update":
                 await self.updates(event["session"])
@@ -318,9 +307,8 @@ class PretendSession:
         return None
 
     async def updates(self, session: dict[str, Any]) -> None:
-        fault = self.server.fault_of(session)
-        if fault:
-            return await self.refuses(*fault)
+        if self.server.refuses_transcription and session["audio"]["input"].get("transcription"):
+            return await self.refuses("invalid_value", "no such model", "session.audio.input.transcription.model")
         self.config = json.loads(json.dumps(session))
         self.config["audio"]["input"]["format"] = {"type": self.server.grants}
         await self.sends("session.updated", session=self.config)
@@ -419,18 +407,6 @@ class PretendOpenAI:
         self.on_dial: Callable[[PretendSession], Any] | None = None  # instead of a session
         self.expected_errors: set[str] = set()
         self.paths: list[str] = []
-
-    def fault_of(self, session: dict[str, Any]) -> tuple[str, str, str] | None:
-        if session.get("type") != "realtime":
-            return ("missing_required_parameter", "Missing required parameter: 'session.type'.", "session.type")
-        unknown = set(session) - SESSION_KEYS | set(session["audio"]["input"]) - INPUT_KEYS
-        for way in ("input", "output"):
-            unknown |= set(session["audio"][way]["format"]) - {"type"}
-        if unknown:
-            return ("unknown_parameter", f"Unknown parameter: {unknown}", f"session.{unknown}")
-        if self.refuses_transcription and session["audio"]["input"].get("transcription"):
-            return ("invalid_value", "no such transcription model", "session.audio.input.transcription.model")
-        return None
 
     async def handle(self, socket: ServerConnection) -> None:
         session = PretendSession(self, socket)
@@ -1873,6 +1849,7 @@ async def a_whole_call(twilio: PretendTwilio, openai: PretendOpenAI, speech: byt
     await session.asked()
     await session.says(voice(300, 1), "こんにちは、鈴木です。")
     await until(lambda: twilio.heard_so_far() == voice(300, 1))
+    await asyncio.sleep(0.05)  # the last mark is on its way
     for turn, (asks, answers) in enumerate(
         (("こんにちは。", "はい。"), ("天気は。", "どちらの。"), ("東京。", "晴れ。"))
     ):
@@ -1885,6 +1862,7 @@ async def a_whole_call(twilio: PretendTwilio, openai: PretendOpenAI, speech: byt
             await until(lambda before=before: len(twilio.heard_so_far()) > before + 2400)  # type: ignore[misc]
         else:
             await until(lambda turn=turn: twilio.heard_so_far().endswith(voice(600, 2 + turn)))  # type: ignore[misc]
+            await asyncio.sleep(0.05)  # the last mark is on its way
     await until(lambda: session.heard == speech * 3)
     (truncated,) = session.truncates()
     assert 300 <= truncated[1] < 400 and twilio.clears == 1 and twilio.faults == [] and session.errors == []
@@ -2050,7 +2028,10 @@ async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
         await openai.says(voice(400))
         await until(lambda: len(openai.heard) == 1600 and twilio.heard_so_far() == voice(400))
         health = json.loads((await http(bridge_process.port, "GET", "/health"))[2])
-        assert (health["frames_from_callers"], health["pieces_to_callers"]) == (10, 3)  # 300 ms in two pieces, 100 ms in one
+        assert (health["frames_from_callers"], health["pieces_to_callers"]) == (
+            10,
+            3,
+        )  # 300 ms in two pieces, 100 ms in one
         assert health["dropped_hook_events"] == 0 and 0 <= health["loop_delay_p99_ms"] < 100
         await twilio.hangs_up()
 

@@ -190,7 +190,7 @@ class HookFile:
     def listen(self, event: str, function: Callable[..., Any]) -> None:
         """Take a function as handler of the event it is named after; say so if it looks like a misspelt one."""
         if event not in EVENTS:
-            if not event.startswith("_") and (nearest := difflib.get_close_matches(event, EVENTS, 1, 0.8)):
+            if not event.startswith("_") and (nearest := difflib.get_close_matches(event, EVENTS, 1, 0.75)):
                 log.error("hooks/%s.py: %s is not an event: did you mean %s?", self.name, event, nearest[0])
             return
         wanted: list[str] = []

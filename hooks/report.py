@@ -30,7 +30,13 @@ log = logging.getLogger("report")
 ROW_S = 30.0  # seconds of the call in one row of the time line
 WORDS_WITHIN_S = 10.0  # a turn whose words have not come by then had none: a cough, a noise
 COST_WITHIN_S = 0.5  # cost.py counts in a thread of its own, perhaps a moment behind this one
-KINDS = {"caller": "発信者 Caller", "model": "モデル Model", "tool": "ツール Tool", "key": "キー Key", "fault": "障害 Fault"}
+KINDS = {
+    "caller": "発信者 Caller",
+    "model": "モデル Model",
+    "tool": "ツール Tool",
+    "key": "キー Key",
+    "fault": "障害 Fault",
+}
 PAGE = Template(Path(__file__).with_name("_report.html").read_text("utf-8"))
 
 FOLDER = os.environ.get("REPORTS", "").strip()
@@ -219,7 +225,7 @@ def row(entries: list[Entry], begin: float, call_end: float) -> str:
 def turn(entry: Entry) -> str:
     wait = unheard = ""
     if entry.wait is not None:
-        wait = f'<small>応答まで <i class="wait" style="--s: {entry.wait:.2f}"></i> {entry.wait:.2f} s</small>'
+        wait = f'<small>応答まで <i class="wait" style="--seconds: {entry.wait:.2f}"></i> {entry.wait:.2f} s</small>'
     if entry.unheard:
         unheard = f"<s>{escape(entry.unheard)}</s>"
     return (
