@@ -835,9 +835,8 @@ class Call:
 
         self.openai: OpenAILeg | None = None  # None while dialling
         self.session = 0  # number of sessions dialled
-        self.granted: asyncio.Future[str] | None = (
-            None  # "" once OpenAI has accepted our session.update, or its refusal
-        )
+        # "" once OpenAI has accepted our session.update; else why not.
+        self.granted: asyncio.Future[str] | None = None
         self.ready = False  # … and audio may flow
         self.transcribe = True  # False once OpenAI has refused that part of the session
         self.server_interrupts = True  # OpenAI cancels a response by itself when the caller speaks over it
@@ -883,10 +882,8 @@ class Call:
     async def live(self) -> None:
         """The call from the webhook to the last close; either side's end, or `end`, is the other's end."""
         dialling = self.loop.create_task(self.keep_session())
-        time_is_up = ("time limit", say_and_hang_up(TIME_IS_UP))
-        self.timers["limit"] = self.loop.call_later(
-            self.bridge.settings.max_call_seconds, self.end_when_heard, *time_is_up
-        )
+        limit_s, goodbye = self.bridge.settings.max_call_seconds, say_and_hang_up(TIME_IS_UP)
+        self.timers["limit"] = self.loop.call_later(limit_s, self.end_when_heard, "time limit", goodbye)
         try:
             reason = await self.over
         finally:
@@ -1004,9 +1001,7 @@ class Call:
                     raise Refused(granted.result())
                 if is_final(openai.close_code):
                     raise Refused(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
-                self.note(
-                    logging.WARNING, "OpenAI closed before the session was set up, trying again: %s", openai.close_code
-                )
+                self.note(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
             await asyncio.sleep(DIAL_PAUSE_S)
 
     def update_session(self) -> None:
@@ -1032,9 +1027,7 @@ class Call:
         self.ready = True
         if not self.greeted:
             words = self.bridge.settings.greeting
-            instructions = (
-                f"{self.bridge.settings.instructions}\n\nThe call has just begun. Say exactly this and no more: {words}"
-            )
+            instructions = f"{self.bridge.settings.instructions}\n\nBegin the call: say exactly this, no more: {words}"
             self.ask(dump({"type": "response.create", "response": {"instructions": instructions}}))
         elif self.answer_due and not self.caller_was_speaking:
             self.ask(CREATE_RESPONSE)
@@ -1062,6 +1055,7 @@ class Call:
         self.caller_was_speaking, self.caller_speaking = self.caller_speaking, False
         self.response_id, self.asking, self.function_calls = "", b"", []
         self.cut.clear()
+        self.early_speech.clear()  # not heard, so not said
         for item in list(self.items.values()):  # what Twilio has of them is still played
             item.complete = True
             self.history[item.id] = ("assistant", item.text)

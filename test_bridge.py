@@ -1,7 +1,7 @@
 """What the bridge does, as read from the wire.
 
-At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones (what a client may send is known, to the
-last key, by hooks/offline.py); then come tests whose names are sentences, in the order in which a call happens. Nothing
+At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones (hooks/offline.py knows what a client
+may send, to the last key). Then come tests whose names are sentences, in the order in which a call happens. Nothing
 between the two sockets is mocked. Run: pytest
 """
 
