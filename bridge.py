@@ -140,7 +140,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     if not chosen.get("public_base_url") and env.get("FLY_APP_NAME"):
         chosen["public_base_url"] = f"https://{env['FLY_APP_NAME']}.fly.dev"
     if base := chosen.get("public_base_url"):
-        if not re.fullmatch(r"https://[^/?#@\s]+(/[^?#\s]*)?", base):
+        if not re.fullmatch(r"https://[^/:?#@\s]+(:\d{1,5})?(/[^?#\s]*)?", base):
             raise ValueError(
                 f"PUBLIC_BASE_URL is {base!r}: give an address such as https://my-app.fly.dev (https, no query)"
             )
@@ -329,8 +329,9 @@ class OpenAILeg(Leg, ClientConnection):
 
 FORM_LIMIT = 64 << 10  # bytes of a webhook's body; Twilio's are about 1 KB
 FORM_TIMEOUT_S = 5.0  # a body that has not come by then is answered 408
-HEAD_LIMIT = 16 << 10  # beyond it websockets' own limits answer (431)
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
+HEAD_LIMIT = 16 << 10  # bytes; beyond it the answer is 431
+# A stranger chooses the line: the pattern must not have two ways to match it, for trying all of them takes for ever.
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 
 
 class TwilioLeg(Leg, ServerConnection):
@@ -364,7 +365,7 @@ class TwilioLeg(Leg, ServerConnection):
         self.unread += data
         head, blank_line, rest = self.unread.partition(b"\r\n\r\n")
         if len(head) > HEAD_LIMIT:
-            self.hand_on(self.unread)
+            self.hand_on(b"", (431, f"the head of a request may have {HEAD_LIMIT} bytes"))
         elif blank_line:
             self.read_request(head, rest)
 
@@ -376,7 +377,7 @@ class TwilioLeg(Leg, ServerConnection):
             return self.hand_on(b"", (400, "that is not a well-formed HTTP request"))
 
         def values(name: bytes) -> set[bytes]:
-            return {header[2] for header in headers if header and header[1].lower() == name}
+            return {header[2].strip() for header in headers if header and header[1].lower() == name}
 
         lengths = values(b"content-length")
         if values(b"transfer-encoding"):
@@ -454,9 +455,9 @@ def header(request: Request, name: str) -> str:
 
 def is_loopback(host: str) -> bool:
     try:
-        address = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
@@ -466,7 +467,8 @@ class Form(dict[str, list[str]]):
     getlist = dict[str, list[str]].__getitem__
 
     def first(self, name: str) -> str:
-        return self.get(name, [""])[0][:200]  # a <Parameter> may have 500 characters
+        """Its first value, without what XML and a log line cannot hold; a <Parameter> may have 500 characters."""
+        return "".join(filter(str.isprintable, self.get(name, [""])[0]))[:200]
 
 
 class Bridge:
@@ -477,9 +479,7 @@ class Bridge:
         self.hooks = hooks
         self.calls: dict[str, Call] = {}  # by CallSid: from the webhook to the last close
         self.next_twiml: dict[str, str] = {}  # by CallSid: what /twilio/next answers
-        self.not_yet_asked: dict[
-            str, None
-        ] = {}  # CallSids of streams that we have closed: Twilio will ask /twilio/next
+        self.not_yet_asked: set[str] = set()  # CallSids of streams that were closed while draining
         self.used_tokens: dict[str, None] = {}
         self.draining = False
         self.peak_calls = self.frames_from_callers = self.late_frames = self.pieces_to_callers = 0  # see `health`
@@ -587,14 +587,18 @@ class Bridge:
             return "it comes from another computer"
         if forwarded := [name for name in request.headers if FORWARDING.fullmatch(name)]:
             return f"it came through a proxy or tunnel ({forwarded[0]})"
-        if (origin := header(request, "Origin")) and not is_loopback(urlsplit(origin).hostname or ""):
-            return "a page of another site sent it"  # one whose name was made to point here: DNS rebinding
-        return ""
+        # A page of another site's can make a browser here send requests: under a name of its own that was made to point
+        # here (DNS rebinding; a page's own GET brings no Origin, so its Host is looked at), or from where it is.
+        origin = re.sub(r"^\w+://|:\d*$", "", header(request, "Origin"))
+        host = re.sub(r":\d*$", "", header(request, "Host"))
+        if (origin and not is_loopback(origin)) or ("." in host and not is_loopback(host)):
+            return f"its Host or Origin is not this computer ({(origin or host)[:100]})"
+        return "a page of another site sent it" if header(request, "Sec-Fetch-Site") == "cross-site" else ""
 
     def why_refused(self, connection: TwilioLeg, request: Request, form: Form) -> str:
         """Why a request to /twilio/* is not let in; "" when it is."""
         origin, elsewhere = header(request, "Origin"), self.why_not_here(connection, request)
-        if origin and urlsplit(origin).netloc != header(request, "Host"):
+        if origin and origin.partition("://")[2] != header(request, "Host"):
             return f"a page of another site sent it ({origin[:100]})"
         if not self.settings.twilio_auth_token:
             return elsewhere and f"{elsewhere}, and TWILIO_AUTH_TOKEN is not set: set it, and PUBLIC_BASE_URL"
@@ -651,7 +655,7 @@ class Bridge:
 
     def after_call(self, form: Form) -> str:
         """TwiML for when the bridge has closed the stream."""
-        self.not_yet_asked.pop(form.first("CallSid"), None)
+        self.not_yet_asked.discard(form.first("CallSid"))
         return self.next_twiml.get(form.first("CallSid"), HANG_UP)
 
     def no_room(self) -> str:
@@ -675,7 +679,7 @@ class Bridge:
         if not expiry or token in self.used_tokens or int(expiry[1]) < time.time():
             return False
         if not hmac.compare_digest(self.token(sid, int(expiry[1])).encode(), token.encode()):
-            return False
+            return False  # which also refuses another spelling of the expiry: it would be a second use
         keep(self.used_tokens, token, None)
         return True
 
@@ -725,7 +729,8 @@ class Bridge:
 
     def ended_by_us(self, sid: str, next_twiml: str) -> None:
         keep(self.next_twiml, sid, next_twiml)
-        keep(self.not_yet_asked, sid, None)
+        if self.draining:  # else nobody waits for it
+            self.not_yet_asked.add(sid)
 
 
 def keep(memory: dict[str, Any], key: str, value: Any) -> None:
@@ -747,13 +752,16 @@ FINAL_ERRORS = {  # that trying again does not mend
     *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
     *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
 }
-CREATE_RESPONSE = b'{"type":"response.create"}'
+ALREADY_ACTIVE = "conversation_already_has_active_response"
+ASK_ID = "ask"  # of each response.create: an error that names it refuses that
+CREATE_RESPONSE = b'{"type":"response.create","event_id":"ask"}'
 HISTORY = 200  # texts that a new session is told
 
 # The caller's audio
 HELD_MS = 30_000.0  # so much is kept while no session is ready
 PREROLL_MS = 1000.0  # … and else so much, for a session after this one
 HOLE_MS = 40.0  # timestamps that are off by less are jitter
+RESYNC_MS = 60_000.0  # no silence that was filled in is that long
 LATE_S = 0.1  # a frame that comes so long after the one before it is late: frames come every 20 ms
 NO_FRAMES_S = 0.75  # network jitter is shorter; longer than the pause that ends a turn
 # The form of Twilio's media messages; one of another form is parsed as JSON.
@@ -769,7 +777,7 @@ GOODBYE_SLACK_S = 15.0  # for words that the model has yet to say
 
 
 def dump(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def size_of(payload: bytes) -> int:
@@ -831,7 +839,7 @@ class Call:
         self.twilio: TwilioLeg | None = None  # None until the stream opens
         self.stream_sid = ""  # "MZ…"; every message to Twilio carries it
         self.early_events: list[tuple[str, float, dict[str, Any]]] = []  # for hooks, from before the stream
-        self.early_speech: list[tuple[str, str, int, str]] = []  # the greeting's deltas, from before the stream
+        self.early_speech: list[bytes] = []  # what OpenAI sent of the greeting before the stream
 
         self.openai: OpenAILeg | None = None  # None while dialling
         self.session = 0  # number of sessions dialled
@@ -844,6 +852,7 @@ class Call:
 
         self.ears: deque[bytes] = deque()  # the caller's audio (base64) that a new session would need; see section 6
         self.ears_ms = 0.0  # its length
+        self.turn_ms = 0.0  # how much of it, from the left, is a turn that the conversation has only as sound
         self.ears_dropped_ms = 0.0  # what never reached the model because no session was ready for 30 s
         self.call_ms = -1.0  # time of the call up to which the model has been given audio, by Twilio's timestamps
         self.frame_at = 0.0  # when the last frame came (loop time, s)
@@ -891,6 +900,9 @@ class Call:
             for timer in self.timers.values():
                 timer.cancel()
             legs = [leg for leg in (self.twilio, self.openai) if leg is not None]
+            for leg in legs:  # what still comes while they close would begin things anew
+                leg.deliver_to(lambda message: None)
+            heard = self.heard()
             running = [dialling, *self.tasks]
             for task in running:
                 task.cancel()
@@ -898,7 +910,6 @@ class Call:
             del self.bridge.calls[self.sid]
         for item in list(self.items.values()):  # what was still being said
             item.complete = True
-            heard = self.heard()
             if item.ends > heard and item.heard_ms is None:
                 item.heard_ms = max(0, heard - item.begins) // 8
             self.settle(item)
@@ -918,9 +929,9 @@ class Call:
         self.emit("call_started")
         for event, at, facts in self.early_events:
             self.emit(event, at, **facts)
-        for speech in self.early_speech:
-            self.play(*speech)
-        self.early_events, self.early_speech = [], []
+        early_speech, self.early_events, self.early_speech = self.early_speech, [], []
+        for message in early_speech:
+            self.from_openai(message)
         self.end_if_heard()
 
     def start_task(self, work: Coroutine[Any, Any, None]) -> None:
@@ -949,16 +960,19 @@ class Call:
                 return self.give_up(f"no session within {SESSION_TIMEOUT_S:g} s")
             except Refused as fault:
                 return self.give_up(str(fault))
+            except Exception as fault:  # whatever it is, the caller must not be left in silence
+                log.exception("dialling OpenAI failed")
+                return self.give_up(f"the dial failed ({fault!r})")
             await openai.wait_closed()
             if self.ending and self.ending.reason == MODEL_LOST:
                 return None  # we closed it
             why = f"the session was lost ({openai.close_code} {openai.close_reason or ''})".replace(" )", ")")
-            self.session_lost()
             if is_final(openai.close_code):
                 return self.give_up(why)
             if self.loop.time() - lost_at < LOST_AGAIN_S:
                 return self.give_up(f"{why}, and the one before it {LOST_AGAIN_S:g} s ago or less")
             lost_at = self.loop.time()
+            self.session_lost()
             self.emit("model_failed", error=f"{why}: dialling again")
 
     async def get_session(self) -> OpenAILeg:
@@ -1028,8 +1042,8 @@ class Call:
         if not self.greeted:
             words = self.bridge.settings.greeting
             instructions = f"{self.bridge.settings.instructions}\n\nBegin the call: say exactly this, no more: {words}"
-            self.ask(dump({"type": "response.create", "response": {"instructions": instructions}}))
-        elif self.answer_due and not self.caller_was_speaking:
+            self.ask(dump({"type": "response.create", "event_id": ASK_ID, "response": {"instructions": instructions}}))
+        elif self.answer_due and not (self.caller_was_speaking or self.turn_ms):  # else it hears the turn's end
             self.ask(CREATE_RESPONSE)
         for payload in self.ears:  # the create came before it on the wire: the greeting is first
             self.to_model(payload)
@@ -1055,7 +1069,7 @@ class Call:
         self.caller_was_speaking, self.caller_speaking = self.caller_speaking, False
         self.response_id, self.asking, self.function_calls = "", b"", []
         self.cut.clear()
-        self.early_speech.clear()  # not heard, so not said
+        self.early_speech = []  # not heard, so not said
         for item in list(self.items.values()):  # what Twilio has of them is still played
             item.complete = True
             self.history[item.id] = ("assistant", item.text)
@@ -1065,12 +1079,17 @@ class Call:
         """The model cannot be had. What it has said is heard out; then the caller hears an apology, not silence."""
         self.note(logging.ERROR, "%s: the caller hears an apology", why)
         self.emit("model_failed", error=f"{why}: the caller hears an apology")
-        openai = self.openai
+        openai, early_speech = self.openai, self.early_speech
         self.session_lost()
-        self.wanted = b""
+        self.wanted, self.early_speech = b"", early_speech
         if openai is not None:
             openai.deliver_to(lambda event: None)
             self.openai = openai  # `live` closes it
+        for timer in ("retry", "holes"):
+            if timer in self.timers:
+                self.timers.pop(timer).cancel()
+        for task in self.tasks:  # tools: nobody will hear of them
+            task.cancel()
         self.end_when_heard(MODEL_LOST, say_and_hang_up(APOLOGY), can_be_called_off=False)
 
     def to_openai(self, kind: str, **content: Any) -> None:
@@ -1084,8 +1103,9 @@ class Call:
     # end of a sentence. So holes are filled with silence: at a jump as much as is missing; when nothing comes while the
     # caller is speaking, as time passes. `call_ms` counts both, so that audio which comes late is not padded twice.
     #
-    # `ears` keeps the audio that a new session would need: all since the caller began to speak, or else the last second
-    # (a word's beginning, before OpenAI has noticed it); while no session is ready, everything, up to 30 s.
+    # `ears` keeps the audio that a new session would need: all since the caller began to speak, until that turn has
+    # become text or has been answered; else the last second (a word's beginning, before OpenAI has noticed it); while
+    # no session is ready, everything. Never more than 30 s.
 
     def from_twilio(self, message: bytes) -> None:
         """One message of Twilio's. Its numbers are strings."""
@@ -1117,8 +1137,8 @@ class Call:
         ms = size_of(payload) / 8
         if ms <= 0:
             return
-        if self.call_ms < 0:
-            self.call_ms = timestamp_ms  # the first frame
+        if self.call_ms < 0 or timestamp_ms < self.call_ms - RESYNC_MS:
+            self.call_ms = timestamp_ms  # the first frame; or Twilio's clock has begun anew
         elif timestamp_ms - self.call_ms >= HOLE_MS:
             self.hear_silence(timestamp_ms - self.call_ms)
             self.call_ms = timestamp_ms
@@ -1137,10 +1157,9 @@ class Call:
     def take_in(self, payload: bytes, ms: float) -> None:
         self.ears.append(payload)
         self.ears_ms += ms
-        keep_ms = HELD_MS if self.caller_speaking or not self.ready else PREROLL_MS
+        keep_ms = PREROLL_MS if self.ready and not (self.caller_speaking or self.turn_ms) else HELD_MS
         while self.ears_ms > keep_ms:
-            oldest_ms = size_of(self.ears.popleft()) / 8
-            self.ears_ms -= oldest_ms
+            oldest_ms = self.forget_oldest()
             if not self.ready:
                 self.ears_dropped_ms += oldest_ms
         if self.ready:
@@ -1148,12 +1167,25 @@ class Call:
         if self.bridge.hooks.listens("caller_audio"):
             self.emit("caller_audio", mulaw=base64.b64decode(payload))
 
+    def forget_oldest(self) -> float:
+        oldest_ms = size_of(self.ears.popleft()) / 8
+        self.ears_ms -= oldest_ms
+        self.turn_ms = max(0.0, self.turn_ms - oldest_ms)
+        return oldest_ms
+
+    def forget_turn(self) -> None:
+        """The caller's last turn is known in words, or answered: a new session does not need its sound."""
+        while self.turn_ms:
+            self.forget_oldest()
+
     def to_model(self, payload: bytes) -> None:
         assert self.openai is not None
         self.openai.send_now(b'{"type":"input_audio_buffer.append","audio":"%b"}' % payload)
 
     def watch_for_holes(self) -> None:
         """Runs while the caller speaks: when no frames come, time passes for the model all the same."""
+        if old := self.timers.pop("holes", None):
+            old.cancel()
         if not self.caller_speaking:
             return
         missing_s = self.loop.time() - self.frame_at
@@ -1168,6 +1200,8 @@ class Call:
     def from_openai(self, message: bytes) -> None:
         """One event of OpenAI's. The many that are not named here need nothing."""
         event = json.loads(message)
+        if not self.stream_sid and event["type"].startswith("response."):
+            return self.early_speech.append(message)
         match event["type"]:
             case "session.updated":
                 self.session_granted(event.get("session") or {})
@@ -1180,8 +1214,7 @@ class Call:
             case "input_audio_buffer.speech_stopped":
                 self.caller_speaking = False
                 self.answer_due = True
-                self.ears.clear()  # this turn is in the conversation; its text follows
-                self.ears_ms = 0.0
+                self.turn_ms = self.ears_ms  # needed until its text has come
                 self.emit("caller_paused")
                 self.ask_if_free()
             case "input_audio_buffer.committed":
@@ -1189,6 +1222,7 @@ class Call:
             case "conversation.item.input_audio_transcription.completed":
                 text = event.get("transcript", "").strip()
                 self.remember(event["item_id"], "user", text)
+                self.forget_turn()
                 if text:
                     self.emit("caller_said", text=text)
                 if event.get("usage"):
@@ -1217,6 +1251,7 @@ class Call:
 
             case "error":
                 self.error(event["error"])
+        return None
 
     def error(self, error: Mapping[str, Any]) -> None:
         """Most errors are recoverable, and the session stays open: the call goes on."""
@@ -1226,8 +1261,11 @@ class Call:
             self.session_refused(error)
         elif code in FINAL_ERRORS:
             self.give_up(text)
+        elif error.get("event_id") == ASK_ID and self.asking and code != ALREADY_ACTIVE:
+            self.asked, self.asking = self.asking, b""
+            self.response_failed(error)
         else:
-            if code == "conversation_already_has_active_response":  # the caller's turn began one at the same moment
+            if code == ALREADY_ACTIVE:  # the caller's turn began one at the same moment
                 self.wanted, self.asking = b"" if not self.greeted else self.asking, b""
             self.emit("model_failed", error=f"{text}: the call goes on")
 
@@ -1260,8 +1298,6 @@ class Call:
 
     def play(self, response_id: str, item_id: str, content_index: int, delta: str) -> None:
         """A piece of the model's voice."""
-        if not self.stream_sid:
-            return self.early_speech.append((response_id, item_id, content_index, delta))
         item = self.items.get(item_id)
         if item is None:
             item = self.items[item_id] = Item(item_id, content_index, response_id, self.session, self.sent, self.sent)
@@ -1318,7 +1354,7 @@ class Call:
 
     def barge_in(self) -> None:
         """The caller has begun to speak. Whatever is being said to them stops, here and in the model's memory."""
-        if self.response_id:
+        if self.response_id and self.response_id not in self.cut:
             self.cut.add(self.response_id)
             if not self.server_interrupts:
                 self.to_openai("response.cancel", response_id=self.response_id)
@@ -1408,6 +1444,7 @@ class Call:
         match response.get("status"):
             case "completed":
                 self.failures = 0
+                self.forget_turn()
                 if function_calls:
                     self.start_task(self.use_tools(function_calls))
             case "failed":
@@ -1443,26 +1480,28 @@ class Call:
             output = {"type": "function_call_output", "call_id": function_call["call_id"], "output": result}
             self.to_openai("conversation.item.create", item=output)
         else:  # the session that asked is gone; the next one is told in words
-            self.add_text("system", f"{name}({arguments}) → {result}")
+            self.tell(f"{name}({arguments}) → {result}")
         seconds = time.monotonic() - began
         self.emit("tool_used", name=name, arguments=arguments, result=result, seconds=seconds)
 
     def add_text(self, role: str, text: str) -> None:
         content = {"type": "output_text" if role == "assistant" else "input_text", "text": text}
-        item = {"type": "message", "role": role, "content": [content]}
-        if self.ready or (self.granted and self.granted.done()):
-            self.to_openai("conversation.item.create", item=item)
+        self.to_openai("conversation.item.create", item={"type": "message", "role": role, "content": [content]})
+
+    def tell(self, text: str) -> None:
+        """Tell the model something that nobody has said: this session at once, and each later one."""
+        self.remember(f"told {time.monotonic()}", "system", text)
+        if self.ready:
+            self.add_text("system", text)
 
     def tell_model(self, text: str) -> None:
         """Tell the model something that the caller has not said, and let it answer. From any thread."""
 
-        def tell() -> None:
-            self.remember(f"told {time.monotonic()}", "system", text)
-            if self.ready:
-                self.add_text("system", text)
+        def tell_and_ask() -> None:
+            self.tell(text)
             self.ask(CREATE_RESPONSE)
 
-        self.loop.call_soon_threadsafe(tell)
+        self.loop.call_soon_threadsafe(tell_and_ask)
 
     # ── 10 The end ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1491,10 +1530,13 @@ class Call:
     @property
     def busy(self) -> bool:
         """The model is being heard, or is about to speak, or a tool runs."""
-        return bool(self.marks or self.early_speech or self.response_id or self.asking or self.wanted or self.tasks)
+        more_comes = self.response_id or self.asking or self.wanted or self.tasks
+        return bool(self.marks or self.early_speech or more_comes)
 
     def end_if_heard(self) -> None:
-        if self.ending and not self.busy:
+        if self.ending is None or self.marks or self.early_speech:
+            return
+        if self.ending.reason == MODEL_LOST or not self.busy:  # of a model that is lost nothing more comes
             self.end(self.ending.reason)
 
     def end(self, reason: str) -> None:

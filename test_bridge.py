@@ -250,6 +250,7 @@ class PretendSession:
         self.seen = 0  # how many of them `gets` has passed
         self.heard = b""  # the caller's audio
         self.errors: list[str] = []
+        self.event_id: str | None = None  # of the event that is being handled
         self.response: str | None = None  # the one in progress
         self.audio: dict[str, int] = {}  # item -> bytes
         self.creates = 0
@@ -267,14 +268,14 @@ class PretendSession:
 
     async def refuses(self, code: str, message: str, param: str | None = None) -> None:
         self.errors.append(code)
-        error = {"type": "invalid_request_error", "code": code, "message": message, "param": param, "event_id": None}
-        await self.sends("error", error=error)
+        error = {"type": "invalid_request_error", "code": code, "message": message, "param": param}
+        await self.sends("error", error={**error, "event_id": self.event_id})
 
     async def takes(self, text: str | bytes) -> None:
         if not isinstance(text, str):
             return await self.refuses("invalid_event", "Expected a text WebSocket message")
         event = json.loads(text)
-        kind = event["type"]
+        kind, self.event_id = event["type"], event.pop("event_id", None)
         try:
             offline.check(event, offline.ByType(offline.EVENTS))
         except offline.Refused as fault:
@@ -837,7 +838,7 @@ async def test_the_model_is_dialled_at_the_webhook_and_speaks_as_soon_as_the_str
         await openai.caught_up()
         await (await twilio.connects()).starts()
         await until(lambda: twilio.heard_so_far() == voice(400))
-        assert line.hooks.events()[:4] == ["call_started", "model_asked", "model_used", "model_spoke"]
+        assert line.hooks.events()[:4] == ["call_started", "model_asked", "model_spoke", "model_used"]
         assert line.hooks.told[1][1] < line.hooks.told[0][1]  # the time at which it was asked
         assert openai.audio[item] == 3200
         await twilio.hangs_up()
@@ -1717,6 +1718,946 @@ async def test_a_model_that_stops_reading_is_bounded_in_memory_and_dialled_again
         speaking.cancel()
         await line.openai.session()
         openai.socket.transport.abort()
+
+
+# ── Strangers on the port ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("line", [b"A:" + b" " * 2000 + b"\n", b"A: x" + b" " * 15_000 + b"b", b"A" * 8000 + b"("])
+async def test_a_header_of_nothing_but_spaces_does_not_stop_the_clock_for_everybody(line: bytes) -> None:
+    async with a_line() as running:
+        began = time.monotonic()
+        answer = await raw(running.port, b"GET /health HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 ") and time.monotonic() - began < 0.25
+
+
+async def test_a_head_that_is_too_long_gets_an_answer_also_when_it_announces_a_body() -> None:
+    async with a_line() as line:
+        headers = [f"X-{i}: {'y' * 200}" for i in range(100)]
+        assert parse_http(await raw(line.port, form_request(FORM, *headers)))[0] == 431
+
+
+@pytest.mark.parametrize("value", [b"\0", b"a\rb", b"\x7f"])
+async def test_a_header_with_a_control_character_is_answered_400(value: bytes) -> None:
+    async with a_line() as line:
+        assert parse_http(await raw(line.port, b"GET /health HTTP/1.1\r\nX: " + value + b"\r\n\r\n"))[0] == 400
+
+
+async def test_a_caller_with_an_unspeakable_name_gets_twiml_that_is_xml() -> None:
+    async with a_line() as line:
+        form = urlencode({"CallSid": "CA1", "From": "sip:\0\x0b\x1f\ufffe<&\"'>鈴木@x"})
+        twiml = (await http(line.port, "POST", "/twilio/voice", form))[2]
+        values = [p.attrib["value"] for p in ElementTree.fromstring(twiml).iter("Parameter")]
+        assert values[1] == "sip:<&\"'>鈴木@x"
+
+
+@pytest.mark.parametrize(
+    "forge", [str, lambda t: "0" + t, lambda t: "".join(chr(ord(c) + 0xFEE0) for c in t[:10]) + t[10:]]
+)
+async def test_a_used_token_is_not_good_again_also_not_when_its_expiry_is_written_in_another_way(
+    forge: Callable[[str], str],
+) -> None:
+    async with a_line(greeting="") as line:
+        twilio = await line.caller().calls()
+        await line.openai.session()
+        await twilio.hangs_up()
+        await until(lambda: not line.bridge.calls)
+        again = line.caller(token=forge(twilio.parameters["token"]))
+        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
+        await (await again.connects()).starts()
+        await asyncio.wait_for(again.socket.wait_closed(), 2)
+        assert again.socket.close_code == 1008 and len(line.openai.sessions) == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example:8080"},  # DNS rebinding: a page's own GET brings no Origin
+        {"Sec-Fetch-Site": "cross-site"},  # <img src="http://localhost:8080/twilio/voice?…"> in any page
+        {"Origin": "http://["},
+    ],
+)
+async def test_a_web_page_elsewhere_can_neither_dial_nor_read_pages(headers: dict[str, str]) -> None:
+    async with a_line() as line:
+        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "secret")
+        assert (await http(line.port, "GET", "/twilio/voice?CallSid=CA1", headers=headers))[0] == 403
+        assert (await http(line.port, "GET", "/log", headers=headers))[0] == 403
+        assert (await http(line.port, "GET", "/health", headers=headers))[0] == 200
+        assert not line.bridge.calls
+
+
+async def test_this_computer_may_read_pages_by_any_of_its_names_and_without_one() -> None:
+    async with a_line() as line:
+        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "mine")
+        for host in (f"localhost:{line.port}", "[::1]:8080", "127.0.0.2", "LOCALHOST", "a.localhost:1"):
+            assert (await http(line.port, "GET", "/log", headers={"Host": host}))[2] == "mine", host
+        assert parse_http(await raw(line.port, b"GET /log HTTP/1.0\r\n\r\n"))[2] == "mine"
+
+
+def frame(head: int, payload: bytes, masked: bool = True, length: int | None = None) -> bytes:
+    """A WebSocket frame, right or wrong."""
+    length = len(payload) if length is None else length
+    size = bytes([length]) if length < 126 else b"\x7e" + (length & 65535).to_bytes(2, "big")
+    if length > 65535:
+        size = b"\x7f" + length.to_bytes(8, "big")
+    mask = b"\x81\x82\x83\x84" if masked else b""
+    return (
+        bytes([head, size[0] | 128 * masked])
+        + size[1:]
+        + mask
+        + (bridge.apply_mask(payload, mask) if masked else payload)
+    )
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        (frame(0x81, b"{}", masked=False), 1002),
+        (frame(0xC1, b"{}"), 1002),  # the bit of compression
+        (frame(0x09, b"ping"), 1002),  # a ping in parts
+        (frame(0x89, b"p" * 200), 1002),  # a ping of 200 bytes
+        (frame(0x83, b"?"), 1002),
+        (frame(0x80, b"the end of nothing"), 1002),
+        (frame(0x81, b"", length=1 << 40), 1009),
+        (frame(0x01, b"x" * 60_000) + frame(0x80, b"x" * 60_000), 1009),
+        (frame(0x88, b"\x03"), 1002),
+    ],
+)
+async def test_a_frame_that_breaks_the_rules_closes_its_own_call_and_no_other(frames: bytes, code: int) -> None:
+    async with a_call() as (twilio, openai, line):
+        other = await line.caller().calls()
+        other_openai = await line.openai.session()
+        other.socket.transport.write(frames)
+        await asyncio.wait_for(other.socket.wait_closed(), 3)
+        assert other.socket.close_code in (code, 1006)
+        await until(lambda: other_openai.socket.close_code, 2)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+
+
+async def test_invalid_utf8_and_bottomless_json_are_logged_and_the_call_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_call() as (twilio, openai, _):
+        for payload in (b'{"event":"\xff\xfe"}', b"[" * 50_000, b'{"event":"mark","mark":{"name":["x"]}}', b"", b"7"):
+            await twilio.socket.send(payload, text=True)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+    assert caplog.text.count("could not be handled") >= 4
+
+
+# ── At odd moments of a call ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_nothing_of_a_call_goes_on_when_its_caller_hangs_up_in_the_middle_of_a_sentence() -> None:
+    async with a_call() as (twilio, openai, line):
+        for item in ("u1", "u2", "u3"):  # "yes … no … well": sentences that follow each other quickly
+            await openai.hears_speech(item)
+            await openai.hears_silence(item)
+        await openai.hears_speech("u4")
+        await openai.caught_up()
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.facts("call_ended"))
+        told = len(line.hooks.told)
+        await asyncio.sleep(0.9)
+        assert len(line.hooks.told) == told, "nothing is told after call_ended"
+        assert line.hooks.calls[0].ears_ms == 0
+
+
+async def test_what_the_model_sends_while_the_call_is_being_closed_begins_nothing_anew() -> None:
+    async with a_call() as (twilio, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(9)
+        await openai.begins()
+        await openai.caught_up()
+        openai.socket.transport.pause_reading()  # it sees our close only later
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.calls[0].over.done())
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await calls_tools(openai, a_function_call("slow"))
+        await until(lambda: line.hooks.facts("call_ended"), 2)
+        assert not line.hooks.facts("caller_spoke") and not line.hooks.calls[0].tasks
+        openai.socket.transport.abort()
+
+
+async def test_a_dial_that_fails_in_a_way_that_nobody_thought_of_ends_in_an_apology() -> None:
+    async with a_line(openai_realtime_url="ws://127.0.0.1:99999/v1/realtime") as line:
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio, 3)
+
+
+async def test_a_model_that_is_lost_for_good_while_a_tool_runs_is_apologised_for_at_once() -> None:
+    async with a_call() as (twilio, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(9, "late")
+        await openai.begins()
+        await calls_tools(openai, a_function_call("slow"))
+        await openai.caught_up()
+        await openai.socket.close(4004, "model_not_found")
+        await hears_an_apology(line, twilio, 2)
+
+
+async def test_a_retry_that_was_planned_does_not_delay_the_apology() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(1600))
+        await openai.begins()
+        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.caught_up()
+        await openai.socket.close(4004, "model_not_found")
+        await hears_an_apology(line, twilio, 4)
+
+
+async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told_to_the_next_session() -> None:
+    async with a_call() as (_, openai, line):
+        done = asyncio.Event()
+
+        async def results(call: Any, name: str, arguments: str) -> str:
+            await done.wait()
+            return "25度"
+
+        line.hooks.results = results
+        await openai.begins()
+        await calls_tools(openai, a_function_call("weather"))
+        await openai.caught_up()
+        opens = line.openai.opens_late()
+        openai.socket.transport.abort()
+        await until(lambda: not line.hooks.calls[0].ready)
+        done.set()
+        await until(lambda: line.hooks.facts("tool_used"))
+        opens.set()
+        again = await line.openai.session()
+        item = (await again.gets("conversation.item.create"))["item"]
+        assert item["role"] == "system" and "25度" in item["content"][0]["text"]
+        await again.gets("response.create")
+
+
+async def test_a_question_whose_words_had_not_come_when_the_session_was_lost_is_heard_by_the_next_one() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(1500, 1))
+        await until(lambda: openai.heard == voice(1500, 1))
+        await openai.hears_silence("u1")  # no transcript yet
+        await openai.begins()
+        await twilio.speaks(voice(100, 2))
+        await until(lambda: len(openai.heard) == 1600 * 8)
+        await openai.caught_up()
+        openai.socket.transport.abort()  # 1011 when an answer begins is the most usual moment
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(1500, 1) + voice(100, 2), 2)
+        await again.caught_up()
+        assert again.types() == ["session.update"], "it hears the turn end, and answers by itself"
+
+
+async def test_a_question_whose_words_have_come_is_told_in_words_only() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(1500, 1))
+        await until(lambda: openai.heard == voice(1500, 1))
+        await openai.hears_silence("u1", "はい")
+        await openai.begins()
+        await openai.caught_up()
+        await twilio.speaks(voice(500, 2))
+        await until(lambda: len(openai.heard) == 2000 * 8)
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.gets("response.create")
+        await until(lambda: again.heard == voice(500, 2), 2)
+
+
+async def test_words_that_come_late_for_a_long_turn_do_not_cost_what_was_said_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "HELD_MS", 1000)
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(1000, 1))
+        await until(lambda: openai.heard == voice(1000, 1))
+        await openai.hears_silence("u1")
+        await openai.caught_up()
+        await twilio.speaks(voice(400, 2))
+        await until(lambda: len(openai.heard) == 1400 * 8)
+        kind = "conversation.item.input_audio_transcription.completed"
+        await openai.sends(kind, item_id="u1", content_index=0, transcript="はい")
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(400, 2), 2)
+
+
+async def test_a_question_that_was_answered_but_never_transcribed_is_not_asked_twice() -> None:
+    async with a_call(transcription_model="") as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(400, 1))
+        await until(lambda: openai.heard == voice(400, 1))
+        await openai.hears_silence("u1")
+        await openai.says(voice(60))
+        await until(lambda: line.hooks.facts("model_said"))
+        await twilio.speaks(voice(60, 2))
+        await until(lambda: len(openai.heard) == 460 * 8)
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(60, 2), 2)
+
+
+async def test_an_answer_that_openai_refuses_to_begin_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.2))
+    async with a_line(greeting="もしもし") as line:
+
+        async def refuses(session: PretendSession) -> None:
+            takes = session.takes
+
+            async def taken(text: Any) -> None:
+                event = json.loads(text)
+                if event["type"] != "response.create":
+                    return await takes(text)
+                session.creates += 1
+                error = {"type": "server_error", "code": "server_error", "message": "", "event_id": event["event_id"]}
+                return await session.sends("error", error=error)
+
+            session.takes = taken  # type: ignore[method-assign]
+            await session.run()
+
+        line.openai.on_dial = refuses
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert line.openai.sessions[0].creates == 3
+
+
+async def test_a_caller_who_begins_twice_before_openai_has_stopped_is_one_cancel() -> None:
+    async with a_call(session=NO_INTERRUPT) as (_, openai, _):
+        await openai.begins()
+        await openai.speaks(voice(400))
+        for item in ("u1", "u2"):
+            await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id=item)
+        await openai.caught_up()
+        assert openai.types().count("response.cancel") == 1
+
+
+async def test_half_a_character_in_what_was_said_does_not_stop_the_next_session() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.hears_speech("u1")
+        await openai.hears_silence("u1")
+        kind = "conversation.item.input_audio_transcription.completed"
+        await openai.socket.send(json.dumps({"type": kind, "item_id": "u1", "transcript": "\ud83d"}))
+        await openai.caught_up()  # JSON can say it, UTF-8 cannot
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await until(lambda: line.hooks.calls[0].ready)
+
+
+async def test_calls_that_twilio_never_asks_about_again_are_not_remembered_for_ever() -> None:
+    async with a_line(greeting="") as line:
+        twilio = await line.caller().calls()
+        await until(lambda: line.hooks.calls)
+        line.hooks.calls[0].hang_up()
+        await asyncio.wait_for(twilio.socket.wait_closed(), 2)  # and /twilio/next goes to another machine
+        await until(lambda: not line.bridge.calls)
+        assert not line.bridge.not_yet_asked
+
+
+async def test_how_much_was_heard_of_the_last_words_is_taken_when_the_caller_hangs_up() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(2000), "長い返事です。")
+        await until(lambda: len(twilio.heard_so_far()) > 1200)
+        openai.socket.transport.pause_reading()  # its close takes the whole second
+        twilio.socket.transport.abort()
+        await until(lambda: line.hooks.facts("call_ended"), 2)
+        assert line.hooks.facts("model_said")[0]["heard_ms"] < 198
+        openai.socket.transport.abort()
+
+
+# ── The wire, to the byte ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("cut", [0, 3, 40])
+async def test_a_streams_first_messages_may_come_with_its_handshake(cut: int) -> None:
+    async with a_line(greeting="") as line:
+        twilio = await line.caller().dials()
+        key = "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        head = "GET /twilio/stream HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" + key
+        start = {"callSid": twilio.sid, "streamSid": "MZ1", "customParameters": twilio.parameters}
+        text = json.dumps({"event": "start", "start": start}).encode()
+        frames = frame(0x81, b'{"event":"connected"}') + frame(0x81, text)
+        reader, writer = await asyncio.open_connection("127.0.0.1", line.port)
+        writer.write(head.encode() + frames[: len(frames) - cut])
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(frames[len(frames) - cut :])
+        await until(lambda: line.hooks.calls and line.hooks.calls[0].stream_sid == "MZ1", 2)
+        writer.close()
+
+
+async def test_messages_of_every_length_of_length_arrive_as_they_were_sent_and_with_masks_of_their_own() -> None:
+    async with a_call() as (_, openai, line):
+        leg, masks, write = line.hooks.calls[0].openai, set(), line.hooks.calls[0].openai.transport.write
+
+        def see(data: bytes) -> None:
+            masks.add(data[{126: 4, 127: 10}.get(data[1] & 127, 2) :][:4])
+            write(data)
+
+        leg.transport.write = see
+        lengths = [125, 126, 65535, 65536] + [125] * 300  # more than one handful of random bytes
+        for length in lengths:
+            text = bridge.dump({"type": "response.cancel", "response_id": "x"})
+            leg.send_now(text[:-2] + b"x" * (length - len(text)) + text[-2:])
+        await until(lambda: len(openai.received) == 1 + len(lengths))
+        sent = [len(bridge.dump(event)) for event in openai.received[1:]]
+        assert sent == lengths and len(masks) == len(lengths)
+        line.openai.expected_errors = {"response_cancel_not_active"}
+
+
+async def test_nothing_that_follows_a_form_is_taken_for_a_part_of_it_and_continue_is_said_once() -> None:
+    async with a_line() as line:
+        await raw(line.port, form_request(b"CallSid=CA8") + b"9&From=x")
+        assert list(line.bridge.calls) == ["CA8"]
+        request = form_request(FORM, "Expect: 100-continue")
+        answer = await raw(
+            line.port, request[: -len(FORM)], *(FORM[i : i + 1] for i in range(len(FORM))), pause_s=0.001
+        )
+        assert answer.count(b"100 Continue") == 1 and b"200 OK" in answer
+
+
+# ── Who may call, to the letter ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *(("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("[::1]", True), ("::ffff:127.0.0.1", True)),
+        *(("localhost", True), ("my.localhost", True), ("203.0.113.5", False), ("::ffff:203.0.113.5", False)),
+        *(("localhost.evil.example", False), ("0.0.0.0", False), ("", False), ("127.0.0.1.evil.example", False)),
+    ],
+)
+def test_this_computer_has_these_names_and_no_others(host: str, loopback: bool) -> None:
+    assert bridge.is_loopback(host) is loopback
+
+
+async def test_another_computer_is_refused_while_no_auth_token_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.TwilioLeg, "remote_address", ("203.0.113.5", 1))
+    async with a_line() as line:
+        line.hooks.pages["/"] = lambda connection, request: connection.respond(200, "the browser phone")
+        assert (await http(line.port, "POST", "/twilio/voice", FORM))[0] == 403
+        assert "phone" not in (await http(line.port, "GET", "/"))[2].replace("telephone", "")
+
+
+async def test_a_signature_that_comes_twice_is_none() -> None:
+    async with a_line(**SIGNED) as line:
+        good = signed("https://mycompany.com/twilio/next", {})["X-Twilio-Signature"]
+        both = [f"X-Twilio-Signature: {value}" for value in (good, "another")]
+        assert parse_http(await raw(line.port, form_request(b"", both[0], path="/twilio/next")))[0] == 200
+        assert parse_http(await raw(line.port, form_request(b"", *both, path="/twilio/next")))[0] == 403
+
+
+async def test_without_a_public_address_signed_calls_of_this_computer_only_are_let_in(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_line(twilio_auth_token="12345", greeting="") as line:
+        for scheme in ("http", "https"):
+            headers = signed(f"{scheme}://127.0.0.1:{line.port}/twilio/next", {})
+            assert (await http(line.port, "POST", "/twilio/next", headers=headers))[0] == 200
+            headers["X-Forwarded-For"] = "1.2.3.4"
+            assert (await http(line.port, "POST", "/twilio/next", headers=headers))[0] == 403
+    assert "PUBLIC_BASE_URL is not set" in caplog.text
+
+
+async def test_while_draining_new_callers_are_told_and_calls_that_were_answered_go_on() -> None:
+    async with a_line(**SIGNED) as other, a_line(**SIGNED) as line:
+        known, elsewhere = await line.caller().dials(), await other.caller().dials()
+        line.bridge.draining = True
+        assert "入れ替え" in await line.caller().post("/twilio/voice")
+        assert "<Stream" in await known.post("/twilio/voice")
+        elsewhere.port = line.port
+        await (await elsewhere.connects()).starts()
+        assert "入れ替え" in await elsewhere.next() and not line.bridge.not_yet_asked
+        await (await known.connects()).starts()
+        await until(lambda: line.hooks.calls, 2)
+        assert (await http(line.port, "GET", "/health"))[0] == 503
+        await known.hangs_up()
+
+
+async def test_a_full_house_still_answers_a_second_delivery_and_apologises_to_a_stream_from_elsewhere() -> None:
+    async with a_line(**SIGNED) as other, a_line(**SIGNED, max_calls=1) as line:
+        known, elsewhere = await line.caller().dials(), await other.caller().dials()
+        assert "<Stream" in await known.post("/twilio/voice")
+        elsewhere.port = line.port
+        await (await elsewhere.connects()).starts()
+        assert "込み合って" in await elsewhere.next()
+        assert len(line.bridge.calls) == 1
+
+
+def test_what_is_remembered_of_ended_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "REMEMBERED", 2)
+    memory: dict[str, int] = {}
+    for number in range(5):
+        bridge.keep(memory, str(number), number)
+    assert list(memory) == ["3", "4"]
+
+
+# ── The life of a call ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_call_whose_stream_has_come_is_not_ended_as_unclaimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "UNCLAIMED_S", 0.2)
+    async with a_call() as (twilio, _, line):
+        await asyncio.sleep(0.3)
+        assert not twilio.socket.close_code and not line.hooks.calls[0].over.done()
+
+
+async def test_timers_and_tools_end_with_their_call() -> None:
+    async with a_call() as (twilio, openai, line):
+        ended = asyncio.Event()
+
+        async def results(*_: Any) -> str:
+            try:
+                return str(await asyncio.sleep(9))
+            finally:
+                ended.set()
+
+        line.hooks.results = results
+        await openai.begins()
+        await calls_tools(openai, a_function_call("slow"))
+        await openai.caught_up()
+        await twilio.hangs_up()
+        await asyncio.wait_for(ended.wait(), 1)
+        assert all(timer.cancelled() for timer in line.hooks.calls[0].timers.values())
+
+
+async def test_a_goodbye_that_was_spoken_before_the_tool_hung_up_is_not_followed_by_a_wait() -> None:
+    async with a_call() as (twilio, openai, line):
+
+        async def results(call: Any, *_: Any) -> str:
+            await until(lambda: not call.marks)
+            call.hang_up()
+            await asyncio.sleep(0.05)
+            return "ok"
+
+        line.hooks.results = results
+        await openai.begins()
+        await openai.speaks(voice(100))
+        await calls_tools(openai, a_function_call("hang_up"))
+        await asyncio.wait_for(twilio.socket.wait_closed(), 2)
+        assert openai.creates == 0
+
+
+async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_off() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(400))
+        await openai.sends("error", error={"code": "insufficient_quota", "message": "", "event_id": None})
+        await openai.says(voice(100, 2))
+        await openai.hears_speech()
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await openai.socket.close(1011)
+        await hears_an_apology(line, twilio)
+        assert twilio.heard_so_far() == voice(400) and len(line.openai.sessions) == 1
+
+
+async def test_a_loss_that_is_long_after_the_one_before_it_is_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "LOST_AGAIN_S", 0.1)
+    async with a_call() as (_, openai, line):
+        for _ in range(2):
+            openai.socket.transport.abort()
+            openai = await line.openai.session()
+            await asyncio.sleep(0.15)
+
+
+@pytest.mark.parametrize(("status", "dials"), [(401, 2), (404, 2), (429, 3), (503, 3)])
+async def test_an_http_answer_to_the_dial_is_final_unless_it_says_later(
+    status: int, dials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "DIAL_PAUSE_S", 0.01)
+    monkeypatch.setattr(bridge, "SESSION_TIMEOUT_S", 0.5)
+    asked: list[str] = []
+
+    def refuse(connection: ServerConnection, request: Any) -> Any:
+        asked.append(request.path)
+        return connection.respond(status, "no")
+
+    async with serve(lambda socket: socket.wait_closed(), "127.0.0.1", 0, process_request=refuse) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/") as line:
+            twilio = await line.caller().calls()
+            await hears_an_apology(line, twilio)
+    assert min(len(asked), 3) == dials, "once at the webhook and, unless that is still known, once at the stream"
+
+
+async def test_a_final_close_code_before_the_session_is_set_up_is_not_dialled_again() -> None:
+    async with a_line() as line:
+        line.openai.on_dial = lambda session: session.socket.close(4000, "invalid_model")
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert len(line.openai.sessions) == 1
+
+
+async def test_a_session_that_would_speak_in_another_format_is_never_played_either() -> None:
+    async with a_line() as line:
+
+        async def grants(session: PretendSession) -> None:
+            audio = {"input": {"format": {"type": "audio/pcmu"}}, "output": {"format": {"type": "audio/pcm"}}}
+            await session.sends("session.updated", session={"audio": audio})
+            await session.socket.wait_closed()
+
+        line.openai.on_dial = grants
+        await hears_an_apology(line, await line.caller().calls())
+
+
+# ── One session after another ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_caller_who_was_speaking_when_the_session_was_lost_is_not_talked_over_by_the_next() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.hears_speech("u1")
+        await openai.hears_silence("u1", "はい")
+        await openai.hears_speech("u2")
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.caught_up()
+        assert again.creates == 0
+
+
+async def test_what_a_hook_told_while_no_session_was_there_is_answered_by_the_next() -> None:
+    async with a_call() as (_, openai, line):
+        opens = line.openai.opens_late()
+        openai.socket.transport.abort()
+        await until(lambda: not line.hooks.calls[0].ready)
+        line.hooks.calls[0].tell_model("鍵が押された")
+        await asyncio.sleep(0)
+        opens.set()
+        again = await line.openai.session()
+        assert (await again.gets("conversation.item.create"))["item"]["content"][0]["text"] == "鍵が押された"
+        await again.gets("response.create")
+
+
+async def test_a_tool_that_a_lost_answer_wanted_is_not_run_for_the_next_session() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.begins()
+        line.hooks.results = lambda *_: asyncio.sleep(0, "paid")
+        await openai.sends("response.output_item.done", response_id="r", item=a_function_call("pay"))
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("response.create")
+        await again.says(voice(20))
+        await again.caught_up()
+        assert not line.hooks.facts("tool_used") and "conversation.item.create" not in again.types()[2:]
+
+
+async def test_only_the_last_second_before_the_caller_speaks_is_kept_and_nothing_counts_as_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_call() as (twilio, openai, line):
+        await twilio.speaks(voice(3000), 100)
+        await until(lambda: len(openai.heard) == 24_000)
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(3000)[-8000:], 2)
+        await twilio.hangs_up()
+        await until(lambda: not line.bridge.calls)
+    assert "never reached the model" not in caplog.text
+
+
+async def test_a_new_session_is_told_the_last_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "HISTORY", 2)
+    async with a_call() as (_, openai, line):
+        for item in ("u1", "u2", "u3"):
+            await openai.hears_speech(item)
+            await openai.hears_silence(item, item)
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        texts = [(await again.gets("conversation.item.create"))["item"]["content"][0]["text"] for _ in range(2)]
+        assert texts == ["u2", "u3"]
+
+
+# ── Listening and playing, to the millisecond ───────────────────────────────────────────────────────────────────
+
+
+async def test_a_clock_that_begins_anew_still_shows_holes_and_a_long_hole_is_cut() -> None:
+    async with a_call() as (twilio, openai, _):
+        twilio.timestamp_ms = 100_000
+        await twilio.speaks(voice(20, 1))
+        twilio.timestamp_ms = 0
+        await twilio.speaks(voice(20, 2))
+        twilio.timestamp_ms += 100
+        await twilio.speaks(voice(20, 3))
+        twilio.timestamp_ms += 45_000
+        await twilio.speaks(voice(20, 4))
+        heard = voice(20, 1) + voice(20, 2) + b"\xff" * 800 + voice(20, 3) + b"\xff" * 240_000 + voice(20, 4)
+        await until(lambda: len(openai.heard) >= len(heard))
+        assert openai.heard == heard
+
+
+async def test_the_clock_never_tells_of_more_than_the_next_mark() -> None:
+    async with a_call() as (twilio, openai, _):
+        twilio.returns_mark = lambda name: None  # type: ignore[method-assign] # Twilio has not begun to play
+        await openai.says(voice(2000))
+        await until(lambda: twilio.marks)
+        await asyncio.sleep(0.3)
+        await openai.hears_speech()
+        assert (await openai.gets("conversation.item.truncate"))["audio_end_ms"] == 198
+
+
+async def test_a_caller_who_begins_twice_clears_and_truncates_once() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(1000))
+        await until(lambda: len(twilio.heard_so_far()) > 400)
+        await openai.hears_speech()
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert twilio.clears == 1 and len(openai.truncates()) == 1
+
+
+async def test_the_beginning_of_an_answer_after_a_barge_in_is_measured_by_the_clock() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(2000, 1))
+        await until(lambda: len(twilio.heard_so_far()) > 400)
+        await openai.hears_silence(await openai.hears_speech())
+        await until(lambda: twilio.clears)
+        before = len(twilio.heard_so_far())
+        second = await openai.says(voice(1000, 2))
+        await until(lambda: len(twilio.heard_so_far()) > before + 960)
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert openai.truncates()[1][0] == second and openai.truncates()[1][1] > 60
+
+
+async def test_what_comes_late_for_an_item_that_was_heard_is_truncated_at_its_own_end() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        first = await openai.speaks(voice(100, 1))
+        await openai.speaks(voice(400, 2))
+        await until(lambda: len(twilio.heard_so_far()) > 1600)
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await openai.speaks(voice(100, 3), first)
+        await openai.caught_up()
+        assert dict(openai.truncates())[first] == 100
+
+
+async def test_two_wishes_at_once_are_one_answer() -> None:
+    async with a_call() as (_, openai, line):
+        for text in ("一", "二"):
+            line.hooks.calls[0].tell_model(text)
+        await until(lambda: openai.creates)
+        await openai.says(voice(20))
+        await openai.caught_up()
+        assert openai.creates == 1
+
+
+async def test_an_answer_that_begins_while_the_caller_is_speaking_is_not_heard_before_its_cancel_takes_effect() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.hears_speech()
+        await openai.begins()
+        await openai.speaks(voice(100))
+        await openai.caught_up()
+        assert twilio.received == []
+
+
+async def test_hanging_up_that_was_called_off_does_not_happen_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "GOODBYE_SLACK_S", 0.05)
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(200))
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await openai.hears_speech()
+        await asyncio.sleep(0.4)
+        assert not twilio.socket.close_code
+
+
+async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "GOODBYE_SLACK_S", 0.1)
+    async with a_call() as (twilio, openai, line):
+        twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
+        await openai.says(voice(100))
+        await until(lambda: twilio.marks)
+        line.hooks.calls[0].hang_up()
+        assert "<Hangup/>" in await asyncio.wait_for(twilio.next(), 1)
+
+
+# ── Answering and the end ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.1))
+    async with a_call() as (_, openai, _):
+        await openai.begins()
+        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.hears_silence(await openai.hears_speech())
+        await openai.says(voice(20))
+        await asyncio.sleep(0.2)
+        assert openai.creates == 0
+
+
+async def test_only_failures_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.02, 0.02))
+    async with a_call() as (twilio, openai, _):
+        for _ in range(4):
+            await openai.begins()
+            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            await openai.gets("response.create")
+            await until(lambda: openai.response)
+            await openai.says(voice(20))
+        await openai.caught_up()
+        assert not twilio.socket.close_code
+
+
+async def test_a_tool_that_ends_after_its_session_tells_the_next_one_in_words() -> None:
+    async with a_call() as (_, openai, line):
+        done = asyncio.Event()
+
+        async def results(*_: Any) -> str:
+            await done.wait()
+            return "25度"
+
+        line.hooks.results = results
+        await openai.begins()
+        await calls_tools(openai, a_function_call("weather"))
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: line.hooks.calls[0].ready)
+        done.set()
+        item = (await again.gets("conversation.item.create"))["item"]
+        assert item["role"] == "system" and "25度" in item["content"][0]["text"]
+
+
+async def test_a_model_that_hangs_up_without_a_word_is_asked_for_one() -> None:
+    async with a_call() as (twilio, openai, line):
+
+        async def results(call: Any, *_: Any) -> str:
+            call.hang_up()
+            return "ok"
+
+        line.hooks.results = results
+        await openai.begins()
+        await calls_tools(openai, a_function_call("hang_up"))
+        await openai.gets("conversation.item.create")
+        await openai.gets("response.create")
+        await openai.says(voice(100))
+        assert "<Hangup/>" in await twilio.next()
+        assert twilio.heard_so_far() == voice(100)
+
+
+async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_longer() -> None:
+    for words in (voice(100), b""):
+        async with a_call() as (twilio, openai, line):
+            await openai.begins()
+            await openai.caught_up()
+            line.hooks.calls[0].hang_up()
+            await openai.speaks(words)
+            await openai.ends()
+            assert "<Hangup/>" in await twilio.next()
+            assert twilio.heard_so_far() == words
+
+
+async def test_hanging_up_waits_for_a_tool_that_is_running() -> None:
+    async with a_call() as (twilio, openai, line):
+        done = asyncio.Event()
+        line.hooks.results = lambda *_: done.wait()
+        await openai.begins()
+        await calls_tools(openai, a_function_call("slow"))
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await asyncio.sleep(0.05)
+        assert not twilio.socket.close_code
+        done.set()
+        await openai.gets("conversation.item.create")
+
+
+async def test_a_transfer_that_overtakes_a_hanging_up_is_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "GOODBYE_SLACK_S", 0.2)
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await asyncio.sleep(0.1)
+        line.hooks.calls[0].transfer("+81312345678")
+        assert "<Dial>" in await twilio.next()
+
+
+async def test_a_greeting_that_was_spoken_before_the_stream_is_heard_before_the_apology() -> None:
+    async with a_line() as line:
+        twilio = await line.caller().dials()
+        openai = await line.openai.session()
+        await openai.gets("response.create")
+        await openai.says(voice(200))
+        await openai.socket.close(4004, "model_not_found")
+        await asyncio.sleep(0.05)
+        await (await twilio.connects()).starts()
+        await hears_an_apology(line, twilio)
+        assert twilio.heard_so_far() == voice(200)
+
+
+async def test_a_drain_lets_calls_go_on_then_ends_them_and_waits_until_twilio_has_asked_what_comes_next() -> None:
+    async with a_call(drain_seconds=0.3) as (twilio, openai, line):
+        line.bridge.draining = True
+        drained = asyncio.create_task(bridge.drain(line.bridge))
+        await asyncio.sleep(0.2)
+        assert not twilio.socket.close_code
+        await openai.says(voice(200))
+        await asyncio.wait_for(twilio.socket.wait_closed(), 2)
+        await until(lambda: line.hooks.facts("call_ended") == [{"reason": "shutdown"}], 2)
+        assert twilio.heard_so_far() == voice(200)
+        await asyncio.sleep(0.1)
+        assert not drained.done()
+        assert "入れ替え" in await twilio.next()
+        await asyncio.wait_for(drained, 1)
+
+
+# ── Settings, to the letter ─────────────────────────────────────────────────────────────────────────────────────
+
+
+KEY = {"OPENAI_API_KEY": "sk-secret"}
+
+
+def test_an_empty_setting_is_its_default_except_where_it_means_none() -> None:
+    names = [field.name for field in dataclasses.fields(bridge.Settings)]
+    settings = bridge.read_settings({**{name.upper(): "" for name in names}, **KEY})
+    none = {"greeting": "", "transcription_model": "", "hooks": "", "openai_api_key": "sk-secret"}
+    assert settings == dataclasses.replace(bridge.Settings(), **none)
+
+
+def test_the_public_address_is_the_one_given_or_that_of_fly() -> None:
+    fly = {**KEY, "FLY_APP_NAME": "my-app"}
+    assert bridge.read_settings(fly).public_base_url == "https://my-app.fly.dev"
+    given = bridge.read_settings({**fly, "PUBLIC_BASE_URL": "https://a.example:8443/phone/"})
+    assert given.public_base_url == "https://a.example:8443/phone"
+
+
+@pytest.mark.parametrize(
+    ("target", "patch", "result"),  # examples of RFC 7396, appendix A
+    [
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": "foo"}, {"b": {"c": None}}, {"a": "foo", "b": {}}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+    ],
+)
+def test_a_merge_patch_is_that_of_the_rfc(target: Any, patch: Any, result: Any) -> None:
+    assert bridge.merge_patch(target, patch) == result
+
+
+def test_a_hook_that_is_not_there_stops_the_start() -> None:
+    with pytest.raises(ValueError, match="HOOKS"):
+        bridge.load_hooks("no_such_hook")
+
+
+async def test_a_call_has_one_stream_whatever_token_a_second_one_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_call() as (twilio, openai, line):
+        monkeypatch.setattr(bridge, "TOKEN_S", 70)
+        again = line.caller(token=line.bridge.new_token(twilio.sid))
+        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
+        await (await again.connects()).starts()
+        await asyncio.wait_for(again.socket.wait_closed(), 2)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+        assert again.socket.close_code == 1008
 
 
 # ── What the hooks are told ─────────────────────────────────────────────────────────────────────────────────────

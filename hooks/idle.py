@@ -1,15 +1,13 @@
 """Asks a caller who has fallen silent whether they are still there, at most twice, and then ends the call politely.
 
-The silence is counted from the end of what the caller has heard, not of what was sent. While the model speaks, or an
-answer is due, no time runs; a caller who speaks or presses a key is there, and the counting begins anew.
+The silence begins when the caller has heard the model out. A caller who speaks or presses a key is there: the asking
+begins anew.
 
     IDLE_SECONDS=25    of silence before each question; 0: never ask. People pause for up to 20 s, to think or to look
                        for something, and a tool may take as long after the model has said "one moment"
 
 Nothing is stored.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -41,38 +39,13 @@ except ValueError:
 
 @dataclass
 class Silence:
-    """What is known of one call's silence. Times are those of time.monotonic(), in seconds."""
+    """One call's silence: it has begun when all these times, in seconds of time.monotonic(), have passed."""
 
-    since: float  # when the last thing happened that ends a silence
-    played_at: float = 0.0  # when what was sent to Twilio will have been played
-    caller_at: float = 0.0  # when the caller last spoke or pressed a key
-    caller_speaks: bool = False
-    answer_due: bool = False  # until it has been heard
+    since: float  # the last sign of life; while the caller speaks it is infinite
+    played_at: float = 0.0  # when Twilio will have played what it was sent
+    asked_at: float = 0.0
+    asked: int = 0  # how many times in this silence
     watch: asyncio.Task[None] | None = None
-
-    def too_long_at(self) -> float:
-        if self.caller_speaks:
-            return math.inf
-        return max(self.since, self.played_at) + IDLE_SECONDS + (ANSWER_LIMIT_S if self.answer_due else 0)
-
-
-async def watch(call: Any, silence: Silence) -> None:
-    """Look twice a second, as long as the call lasts: simpler than a timer that everything would have to move."""
-    asked, asked_at = 0, -math.inf
-    while True:
-        await asyncio.sleep(min(0.5, IDLE_SECONDS / 10))
-        now = time.monotonic()
-        if silence.caller_at > asked_at:
-            asked = 0
-        if asked > len(QUESTIONS) or now < max(silence.too_long_at(), asked_at + IDLE_SECONDS):
-            continue
-        asked, asked_at = asked + 1, now
-        if asked <= len(QUESTIONS):
-            call.tell_model(QUESTIONS[asked - 1])
-        else:
-            log.info("%s: nobody has answered %d questions: the call is ended", call.sid, len(QUESTIONS))
-            call.tell_model(GOODBYE)
-            call.hang_up()  # when the goodbye has been heard
 
 
 async def call_started(call: Any, at: float) -> None:
@@ -81,24 +54,40 @@ async def call_started(call: Any, at: float) -> None:
         silence.watch = asyncio.create_task(watch(call, silence))
 
 
+async def watch(call: Any, silence: Silence) -> None:
+    """Look every now and then: simpler than a timer that every event would have to move."""
+    while True:
+        await asyncio.sleep(IDLE_SECONDS / 10)
+        now = time.monotonic()
+        began = max(silence.since, silence.played_at, silence.asked_at)
+        if now - began < IDLE_SECONDS or silence.asked > len(QUESTIONS):
+            continue
+        silence.asked, silence.asked_at = silence.asked + 1, now
+        if silence.asked <= len(QUESTIONS):
+            call.tell_model(QUESTIONS[silence.asked - 1])
+        else:
+            log.info("%s: nobody has answered %d questions: the call is ended", call.sid, len(QUESTIONS))
+            call.tell_model(GOODBYE)
+            call.hang_up()  # when the goodbye has been heard
+
+
 def caller_spoke(call: Any, at: float) -> None:
     silence = call.notes["idle"]
-    silence.caller_speaks, silence.caller_at = True, at
-    silence.played_at = at  # what the model was still saying is thrown away
+    silence.since, silence.asked = math.inf, 0
+    silence.played_at = at  # what was still to be played is thrown away
 
 
 def caller_paused(call: Any, at: float) -> None:
-    silence = call.notes["idle"]
-    silence.caller_speaks, silence.answer_due, silence.since = False, True, at
+    call.notes["idle"].since = at + ANSWER_LIMIT_S
 
 
 def key_pressed(call: Any, at: float) -> None:
-    call.notes["idle"].caller_at = call.notes["idle"].since = at
+    silence = call.notes["idle"]
+    silence.since, silence.asked = max(silence.since, at), 0
 
 
 def model_asked(call: Any, at: float) -> None:
-    silence = call.notes["idle"]
-    silence.answer_due, silence.since = True, at
+    call.notes["idle"].since = at + ANSWER_LIMIT_S
 
 
 def model_audio(call: Any, at: float, mulaw: bytes) -> None:
@@ -108,9 +97,9 @@ def model_audio(call: Any, at: float, mulaw: bytes) -> None:
 
 
 def model_said(call: Any, at: float, heard_ms: int | None) -> None:
-    if heard_ms is None:  # heard to its end; otherwise the caller has interrupted it
-        silence = call.notes["idle"]
-        silence.answer_due, silence.since = False, at
+    silence = call.notes["idle"]
+    if heard_ms is None and silence.since < math.inf:  # heard to its end, and the caller has not begun to speak
+        silence.since = at
 
 
 async def call_ended(call: Any) -> None:

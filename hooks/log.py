@@ -3,17 +3,14 @@
     fly logs | grep CA0123…
     {"ts": "2026-11-23T07:46:05.120Z", "call": "CA0123…", "event": "caller_said", "text": "もしもし"}
 
-Every event of every call but the audio itself, with the words of both sides: take `caller_said`, `model_said` and
-`tool_used` out of EVENTS if they must not be in a log. The log lines of Python's logging (the bridge's, the hooks', the
-libraries') come as JSON lines, too: {"ts", "level", "logger", "message"} and "traceback" when there is one.
+These are all events but the audio, with the words of both sides: take out of EVENTS what must not be in a log. What the
+bridge, the hooks and the libraries log comes as {"ts", "level", "logger", "message"}, perhaps with a "traceback".
 
     LOG_NUMBERS=full    telephone numbers in full; otherwise only their last four digits are shown
 
-Nothing is stored here, and secrets are blotted out. No call waits for whoever reads standard output: events wait in
-this file's thread, and log lines that find the queue full are dropped and counted.
+Nothing is stored, and secrets are blotted out. No call waits for whoever reads standard output: events wait in this
+file's own thread, and log lines that find the queue full are dropped and counted.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -22,7 +19,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -34,11 +31,11 @@ EVENTS += ["model_interrupted", "model_used", "model_failed", "tool_used", "key_
 
 LOG_NUMBERS = os.environ.get("LOG_NUMBERS", "")
 NUMBER = re.compile(r"(?<![\w.])(\+[1-9]([ -]?\d){6,14}|0(-?\d){9,10})(?!\d)", re.ASCII)  # +81312345678, 03-1234-5678
-SECRETS = [r"\b\d{10}\.[0-9a-f]{64}\b"]  # the token of a stream; and whatever the environment calls a secret:
-SECRETS += [re.escape(text) for name, text in os.environ.items() if re.search("_(KEY|TOKEN|SECRET|PASSWORD)$", name)]
-SECRET = re.compile("|".join(text for text in SECRETS if len(text) >= 8))  # a shorter one would blot out plain words
-STDOUT = 1  # its descriptor: sys.stdout has a lock that a writer who is stuck would hold until the very end
-MAX_WAITING = 1000  # lines
+SECRETS = [r"\b\d{10}\.[0-9a-f]{64}\b"]  # the token of a stream; and what the environment calls a secret:
+for name, text in os.environ.items():
+    if re.search("_(KEY|TOKEN|SECRET|PASSWORD)$", name) and len(text) >= 8:  # a shorter one may be a plain word
+        SECRETS.append(re.escape(text))
+SECRET = re.compile("|".join(SECRETS))
 
 
 def mask(text: str) -> str:
@@ -46,23 +43,23 @@ def mask(text: str) -> str:
     return text if LOG_NUMBERS == "full" else re.sub(r"\d(?=(\D*\d){4})", "*", text)
 
 
-def as_line(seconds: float, fields: Mapping[str, Any]) -> bytes:
-    """One line of JSON; the time is seconds since 1970."""
-    clean: dict[str, Any] = {"ts": datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"}
+def as_line(seconds: float, fields: dict[str, Any]) -> bytes:
+    """One line of JSON; the time is in seconds since 1970."""
+    line = {"ts": datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")}
     for name, value in fields.items():
         if isinstance(value, str):
             value = NUMBER.sub(lambda number: mask(number[0]), SECRET.sub("***", value))
-        clean[name] = round(value, 3) if isinstance(value, float) else value
-    text = json.dumps(clean, ensure_ascii=False, default=str)
-    return text.encode("utf-8", "replace") + b"\n"  # half an emoji, which JSON allows, has no UTF-8
+        line[name] = value
+    text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "replace")  # half an emoji, which JSON allows, has no UTF-8
 
 
 class Lines(logging.Handler):
-    """Takes lines from any thread; one thread writes them."""
+    """Takes lines from any thread; a thread of its own writes them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: queue.Queue[bytes | None] = queue.Queue(MAX_WAITING)
+        self.waiting: queue.Queue[bytes | None] = queue.Queue(maxsize=1000)
         self.dropped = 0
         self.thread = threading.Thread(target=self.write, name="log", daemon=True)
         self.thread.start()
@@ -80,18 +77,18 @@ class Lines(logging.Handler):
             self.handleError(record)
 
     def write(self) -> None:
-        told = 0
+        reported = 0
         while (line := self.waiting.get()) is not None:
-            if (dropped := self.dropped) > told:
-                text = f"{dropped - told} log lines were dropped: standard output was not read"
+            if (dropped := self.dropped) > reported:
+                text = f"{dropped - reported} log lines were dropped: standard output was not read"
                 line += as_line(time.time(), {"level": "ERROR", "logger": "log", "message": text})
-                told = dropped
+                reported = dropped
             with suppress(OSError):  # standard output is closed, or its disk is full: the calls go on
                 while line:
-                    line = line[os.write(STDOUT, line) :]  # a pipe may take a part
+                    line = line[os.write(1, line) :]  # not sys.stdout: a writer stuck in it would hold its lock
 
     def close(self) -> None:
-        """At the program's exit: let the last lines out, but do not wait for ever for somebody to read them."""
+        """At exit: let the last lines out, but do not wait for ever for somebody to read them."""
         with suppress(queue.Full):
             self.waiting.put(None, timeout=1)
             self.thread.join(1)
@@ -105,16 +102,16 @@ if LOG_NUMBERS not in ("", "full"):
 
 
 def handler(event: str) -> Callable[..., None]:
-    """A function for an event. The host knows it by its name, and **facts asks for all that the event has to tell."""
+    """A handler for an event. The host goes by its name, and gives it all that there is to tell, as **facts."""
 
-    def write(call: Any, at: float, **facts: Any) -> None:
+    def handle(call: Any, at: float, **facts: Any) -> None:
         if event == "call_started":
             facts = {"stream": call.stream_sid, "caller": mask(call.caller), "called": mask(call.called)}
         happened = time.time() - (time.monotonic() - at)
         lines.waiting.put(as_line(happened, {"call": call.sid, "event": event, **facts}))
 
-    write.__name__ = event
-    return write
+    handle.__name__ = event
+    return handle
 
 
 for event in EVENTS:

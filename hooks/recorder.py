@@ -61,7 +61,7 @@ class Recording:
         self.written = 0  # up to here both sides are in the file
         self.left, self.right = bytearray(), bytearray()  # mu-law from there on
         self.caller_end = 0  # up to here the caller's audio has come
-        self.late_since: int | None = -RATE  # the caller's audio is late since then; at first: since ever
+        self.late_since: int | None = -RATE  # since then it comes late, as it may at first; None: it is in time
         self.dropped = 0  # bytes of the model's, beyond MAX_QUEUED
 
     def hear_caller(self, mulaw: bytes, at: float) -> None:

@@ -28,14 +28,8 @@ from urllib.parse import quote
 log = logging.getLogger("report")
 
 ROW_S = 30.0  # seconds of the call in one row of the time line
-WORDS_WITHIN_S = 10.0  # a turn whose words have not come by then had none: a cough, a noise
-KINDS = {
-    "caller": "発信者 Caller",
-    "model": "モデル Model",
-    "tool": "ツール Tool",
-    "key": "キー Key",
-    "fault": "障害 Fault",
-}
+WORDS_WITHIN_S = 3.0  # of the turns that ended so recently, the oldest gets the words that come
+KINDS = dict(caller="発信者 Caller", model="モデル Model", tool="ツール Tool", key="キー Key", fault="障害 Fault")
 PAGE = Template(Path(__file__).with_name("_report.html").read_text("utf-8"))
 
 FOLDER = os.environ.get("REPORTS", "").strip()
@@ -50,80 +44,89 @@ if FOLDER:
 
 @dataclass
 class Entry:
-    """One bar of the time line, and one paragraph of the transcript. Times are time.monotonic()."""
+    """One bar of the time line and, if its kind is one of KINDS, one paragraph of the transcript."""
 
-    kind: str  # a key of KINDS
-    begin: float
+    kind: str  # the CSS class
+    begin: float  # time.monotonic()
     end: float = inf  # until it is known
     text: str = ""
     unheard: str = ""  # the rest of the text, which a barge-in cut off
-    unheard_s: float = 0.0  # how long that would have been
-    wait_s: float | None = None  # how long the caller had waited for it
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Story:
     """What has happened in a call."""
 
-    began: float
+    began: float  # time.monotonic(), as all times here
     date: time.struct_time = field(default_factory=time.gmtime)
     entries: list[Entry] = field(default_factory=list)
-    said_until: float = 0.0  # the end of what the model said last
+    waiting_since: float | None = None  # the caller has come, or has spoken, and nobody has answered yet
+    answer: Entry | None = None  # what the model is saying
+    said_until: float = 0.0  # the end of what it said last
     sent_ms: int = 0  # how long the answer was that a barge-in has just cut
-
-    def under_way(self, kind: str) -> Entry | None:
-        return next((entry for entry in self.entries if entry.kind == kind and entry.end == inf), None)
 
 
 if FOLDER:
 
     def call_started(call: Any, at: float) -> None:
-        call.notes["report"] = Story(at, said_until=at)
+        call.notes["report"] = Story(at, waiting_since=at, said_until=at)
 
     def caller_spoke(call: Any, at: float) -> None:
-        if not call.notes["report"].under_way("caller"):  # else a new session hears the same turn again
-            call.notes["report"].entries.append(Entry("caller", at))
+        call.notes["report"].waiting_since = None
+        call.notes["report"].entries.append(Entry("caller", at))
 
     def caller_paused(call: Any, at: float) -> None:
-        if turn := call.notes["report"].under_way("caller"):
-            turn.end = at
+        call.notes["report"].waiting_since = at
+        for entry in call.notes["report"].entries:
+            if entry.end == inf:
+                entry.end = at
 
     def caller_said(call: Any, at: float, text: str) -> None:
-        """Comes after the turn, sometimes after the answer: the words belong to the oldest turn that has none."""
-        for entry in call.notes["report"].entries:
-            if entry.kind == "caller" and not entry.text and at - entry.end <= WORDS_WITHIN_S:
-                entry.text = text
-                return
-        call.notes["report"].entries.append(Entry("caller", at, at, text))
+        """Comes after the turn, sometimes after the answer. A turn that was a cough or a noise gets no words."""
+        entries = call.notes["report"].entries
+        turns = [entry for entry in entries if entry.kind == "caller" and entry.end <= at and not entry.text]
+        recent = [turn for turn in turns if at - turn.end <= WORDS_WITHIN_S]
+        if recent:
+            recent[0].text = text
+        elif turns:
+            turns[-1].text = text
+        else:
+            entries.append(Entry("caller", at, at, text))
 
     def model_spoke(call: Any, at: float) -> None:
-        call.notes["report"].entries.append(Entry("model", at))
+        story: Story = call.notes["report"]
+        if story.answer is None:  # else that is still being heard, and this comes next
+            story.answer = Entry("model", at)
+            if story.waiting_since is not None:
+                wait = f"{at - story.waiting_since:.2f} s"
+                story.entries.append(Entry("wait", story.waiting_since, at, wait))
+                story.answer.remarks = [f"応答まで {wait}"]
+        story.waiting_since = None
 
-    def model_interrupted(call: Any, sent_ms: int) -> None:
+    def model_interrupted(call: Any, at: float, heard_ms: int, sent_ms: int) -> None:
         call.notes["report"].sent_ms = sent_ms
+        unheard_s = (sent_ms - heard_ms) / 1000
+        call.notes["report"].entries += [Entry("unheard", at, at + unheard_s), Entry("barge-in", at, at)]
 
     def model_said(call: Any, at: float, text: str, heard_ms: int | None) -> None:
-        """Comes when it has been heard to its end, or cut. What is to be heard next may have been sent by then."""
+        """Comes when it has been heard to its end, or cut."""
         story: Story = call.notes["report"]
-        answer = story.under_way("model")
-        if answer is None:
-            if heard_ms == 0:
-                return  # cut before its first sound
-            answer = Entry("model", story.said_until)  # the rest of what was said last
-            story.entries.append(answer)
-        answer.begin = max(answer.begin, story.said_until)
-        answer.end = story.said_until = at
-        answer.text = text
+        said = story.answer or Entry("model", at if heard_ms == 0 else story.said_until)
+        said.text, said.end = text, at
         if heard_ms is not None:
-            answer.end = min(answer.begin + heard_ms / 1000, at)
-            answer.unheard_s = max(0, story.sent_ms - heard_ms) / 1000
+            said.end = min(said.begin + heard_ms / 1000, at)
             split = round(len(text) * heard_ms / max(heard_ms, story.sent_ms, 1))  # the nearest that anybody knows
-            answer.text, answer.unheard = text[:split], text[split:]
+            said.text, said.unheard = text[:split], text[split:]
+            sent = f"{story.sent_ms / 1000:.1f}" if story.sent_ms else "?"  # not told when the caller hangs up
+            said.remarks.append(f"中断 Cut: {heard_ms / 1000:.1f} / {sent} s heard")
             story.sent_ms = 0
+        story.entries.append(said)
+        story.answer, story.said_until = None, at
 
     def tool_used(call: Any, at: float, name: str, arguments: str, result: str, seconds: float) -> None:
-        text = f"{name}({arguments}) → {result} ({seconds:.2f} s)"
-        call.notes["report"].entries.append(Entry("tool", at - seconds, at, text))
+        text = f"{name}({arguments}) → {result}"
+        call.notes["report"].entries.append(Entry("tool", at - seconds, at, text, remarks=[f"{seconds:.2f} s"]))
 
     def key_pressed(call: Any, at: float, key: str) -> None:
         entries = call.notes["report"].entries
@@ -138,8 +141,8 @@ if FOLDER:
     def call_ended(call: Any, at: float, reason: str) -> None:
         time.sleep(max(0.0, at + 0.5 - time.monotonic()))  # cost.py counts in a thread of its own, perhaps behind this
         story: Story = call.notes.pop("report")
-        sid = re.sub("[^A-Za-z0-9]", "", call.sid)
-        path = Path(FOLDER, f"{time.strftime('%Y%m%dT%H%M%SZ', story.date)}-{sid}.html")
+        name = f"{time.strftime('%Y%m%dT%H%M%SZ', story.date)}-{re.sub('[^A-Za-z0-9]', '', call.sid)}.html"
+        path = Path(FOLDER, name)
         path.touch(mode=0o600)
         path.write_text(page(call, story, at, reason), "utf-8", errors="replace")  # JSON may hold half a character
         log.info("%s", path)
@@ -152,75 +155,49 @@ if FOLDER:
 def page(call: Any, story: Story, ended: float, reason: str) -> str:
     length = ended - story.began
     entries = sorted(story.entries, key=lambda entry: entry.begin)
-    waits: list[float] = []
-    waiting_since: float | None = story.began  # None: an answer has come
-    for entry in entries:
-        if entry.kind == "caller":
-            waiting_since = entry.end
-        elif entry.kind == "model" and waiting_since is not None and entry.begin >= waiting_since:
-            entry.wait_s = entry.begin - waiting_since
-            waits.append(entry.wait_s)
-            waiting_since = None
+    for entry in entries:  # from here on in seconds since the call began
         entry.begin = max(0.0, entry.begin - story.began)
         entry.end = min(entry.end, ended) - story.began
-    facts = {
-        "長さ Length": clock(length),
-        "応答まで Median wait": f"{median(waits):.2f} s" if waits else "–",
-        "最長 Longest wait": f"{max(waits):.2f} s" if waits else "–",
-        "割り込み Barge-ins": sum(entry.unheard_s > 0 for entry in entries),
-        "ツール Tool calls": sum(entry.kind == "tool" for entry in entries),
-        "費用 OpenAI cost": dollars(call.notes.get("cost", {})),
-    }
-    sound = ""
-    if recording := call.notes.get("recording"):
-        address = quote(Path(os.path.relpath(recording, FOLDER)).as_posix())
-        sound = f'<audio controls preload="metadata" src="{address}"></audio>'
+    waits = [entry.end - entry.begin for entry in entries if entry.kind == "wait"]
+    recording = ""
+    if path := call.notes.get("recording"):
+        address = quote(Path(os.path.relpath(path, FOLDER)).as_posix())
+        recording = f'<audio controls preload="metadata" src="{address}"></audio>'
     return PAGE.substitute(
         nonce=secrets.token_urlsafe(),
         date=time.strftime("%Y-%m-%d %H:%M:%S UTC", story.date),
         about=escape(f"{masked(call.caller)} → {masked(call.called)} · {reason} · {call.sid}"),
-        facts="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items()),
-        sound=sound,
+        length=clock(length),
+        median_wait=f"{median(waits):.2f} s" if waits else "–",
+        longest_wait=f"{max(waits):.2f} s" if waits else "–",
+        barge_ins=sum(entry.kind == "barge-in" for entry in entries),
+        tools=sum(entry.kind == "tool" for entry in entries),
+        cost=dollars(call.notes.get("cost", {})),
+        recording=recording,
         row_s=ROW_S,
         rows="".join(row(entries, number * ROW_S, length) for number in range(int(length // ROW_S) + 1)),
-        turns="".join(turn(entry) for entry in entries),
+        turns="".join(turn(entry) for entry in entries if entry.kind in KINDS),
     )
 
 
 def row(entries: list[Entry], begin: float, length: float) -> str:
     """One row of the time line, as SVG: across in percent, so that it fits every screen and paper."""
-
-    def bar(kind: str, since: float, until: float, title: str = "") -> str:
-        left, right = max(since, begin), min(max(until, since + 0.1), begin + ROW_S)  # a moment is 0.1 s wide
-        if left >= right:
-            return ""
-        x, width = (left - begin) / ROW_S * 100, (right - left) / ROW_S * 100
-        return f'<rect class="{kind}" x="{x:.2f}%" width="{width:.2f}%"><title>{escape(title)}</title></rect>'
-
-    bars = bar("ground", begin, length)
-    for entry in entries:
-        if entry.wait_s is not None:
-            bars += bar("wait", entry.begin - entry.wait_s, entry.begin, f"{entry.wait_s:.2f} s")
-        if entry.unheard_s:
-            bars += bar("unheard", entry.end, entry.end + entry.unheard_s, entry.unheard[:200])
-        bars += bar(entry.kind, entry.begin, entry.end, entry.text[:200])
-    for entry in entries:
-        if entry.unheard_s:
-            bars += bar("barge-in", entry.end, entry.end, "割り込み Barge-in")
+    bars = ""
+    for entry in [Entry("ground", 0.0, length), *entries]:
+        left = max(entry.begin, begin)
+        right = min(max(entry.end, entry.begin + 0.1), begin + ROW_S)  # a moment is 0.1 s wide
+        if left < right:
+            place = f'x="{(left - begin) / ROW_S:.2%}" width="{(right - left) / ROW_S:.2%}"'
+            bars += f'<rect class="{entry.kind}" {place}><title>{escape(entry.text[:200])}</title></rect>'
     return f'<div class="row"><time>{clock(begin)}</time><svg data-at="{begin}">{bars}</svg></div>'
 
 
 def turn(entry: Entry) -> str:
-    remarks = ""
-    if entry.wait_s is not None:
-        remarks = f'<small>応答まで <i class="wait" style="--s: {entry.wait_s:.2f}"></i> {entry.wait_s:.2f} s</small>'
-    if entry.unheard_s:
-        heard_s = entry.end - entry.begin
-        remarks += f"<small>中断 Cut: {heard_s:.1f} / {heard_s + entry.unheard_s:.1f} s heard</small>"
+    """One paragraph of the transcript."""
     unheard = f"<s>{escape(entry.unheard)}</s>" if entry.unheard else ""
     return (
         f'<li class="{entry.kind}" data-at="{entry.begin:.2f}" data-until="{entry.end:.2f}">'
-        f"<time>{clock(entry.begin)}</time><h3>{KINDS[entry.kind]}{remarks}</h3>"
+        f"<time>{clock(entry.begin)}</time><h3>{KINDS[entry.kind]} <small>{' · '.join(entry.remarks)}</small></h3>"
         f"<p>{escape(entry.text)}{unheard}</p></li>"
     )
 

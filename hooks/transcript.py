@@ -1,19 +1,18 @@
-"""What both sides said, in order: in the log line by line, and in a file for each call if TRANSCRIPTS names a folder.
+"""Writes down what both sides say, in the order of speaking: in the log, and in a file for each call.
 
-The caller's words come from a transcription that takes its time: often the model answers first. What the model said is
-told once it is known how much of it was heard, perhaps after the caller's next turn has begun. So a line gets its place
-when the speaking begins, and its words when they come; it is told when every line before it has been told. What the
-caller cut off is marked with how much of it they had heard.
+    TRANSCRIPTS=/data/transcripts    the folder of the files. Not set: nothing is written to disk, only to the log
+    TRANSCRIPT_FORMAT=md             md: Markdown to read; jsonl: one JSON object a line, for programs
+    LOG_NUMBERS=full                 telephone numbers in full; otherwise only their last four digits are shown
 
-    TRANSCRIPTS          a folder, e.g. /data/transcripts. Not set: nothing is written to disk, only to the log
-    TRANSCRIPT_FORMAT    md (default): Markdown to read; jsonl: one JSON object a line, for programs
-    LOG_NUMBERS          full: telephone numbers in full; otherwise all but the last four digits are masked
+A file is <UTC time>-<call sid>.md or .jsonl, for its owner only (0600), and grows during the call.
 
-The file is <UTC time>-<call sid>.md or .jsonl, for its owner only (0600), and grows during the call.
+Words come late: the caller's when they are transcribed, often after the answer has begun; the model's when it is known
+how much of them was heard. So a line waits for its words, and those behind it wait for their turn.
 """
 
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -23,87 +22,74 @@ from typing import Any
 
 log = logging.getLogger("transcript")
 
-FORMAT = os.environ.get("TRANSCRIPT_FORMAT") or "md"
 FOLDER = Path(os.environ["TRANSCRIPTS"]) if os.environ.get("TRANSCRIPTS") else None
-PATIENCE_S = 20.0  # a transcription takes a few seconds at most: a turn older than this will get no words
+FORMAT = os.environ.get("TRANSCRIPT_FORMAT") or "md"
+PATIENCE_S = 20.0  # transcribing takes a few seconds: what is not there by then will not come
 
-if FORMAT not in ("md", "jsonl"):
-    log.error("TRANSCRIPT_FORMAT is %r: set it to md or jsonl. No transcript is written", FORMAT)
-    FOLDER = None
-if FOLDER is not None:
-    try:
+try:
+    if FORMAT not in ("md", "jsonl"):
+        raise ValueError(f"TRANSCRIPT_FORMAT is {FORMAT!r}: set it to md or jsonl")
+    if FOLDER:
         FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as fault:
-        log.error("TRANSCRIPTS: %s. Name a folder that can be written to. No transcript is written", fault)
-        FOLDER = None
+except (OSError, ValueError) as fault:
+    log.error("no file is written to TRANSCRIPTS: %s", fault)
+    FOLDER = None
 
 
 @dataclass
 class Line:
     side: str  # caller or model
     at: float  # s, when the speaking began
-    ended_at: float | None = None  # s, when the caller paused
-    text: str | None = None  # None: not known yet; "": there were no words
-    heard_ms: int | None = None  # None: heard to the end
-    told: bool = False
+    given_up_at: float = math.inf  # s, when to wait for its words no longer
+    text: str | None = None  # None: not known yet
+    heard_ms: int | None = None  # None: all of it
+
+    def waits(self, at: float) -> bool:
+        return self.text is None and at < self.given_up_at
 
 
 @dataclass
 class Transcript:
-    began: float  # s, time.monotonic()
+    began: float  # s
     path: Path | None = None
-    lines: list[Line] = field(default_factory=list)
-    words_came: bool = False  # of the transcription whose usage comes next
-
-    def first_unknown(self, side: str) -> Line | None:
-        return next((line for line in self.lines if line.side == side and line.text is None), None)
+    lines: list[Line] = field(default_factory=list)  # that are not written yet, in the order of speaking
+    caller_spoke_at: float = 0.0  # s
+    words_came: bool = False  # of the transcription whose usage is told next
 
 
 def call_started(call: Any, at: float) -> None:
     transcript = call.notes["transcript"] = Transcript(at)
-    if FOLDER is None:
-        return
-    now, sid = time.gmtime(), re.sub(r"[^A-Za-z0-9]", "", call.sid)
-    path = FOLDER / f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{sid}.{FORMAT}"
-    path.touch(mode=0o600)
-    transcript.path = path
-    began, caller, called = time.strftime("%Y-%m-%d %H:%M:%SZ", now), masked(call.caller), masked(call.called)
-    record = {"call": call.sid, "began": began, "caller": caller, "called": called}
-    write(transcript, record, f"# 通話の記録 {began}\n\n{caller} → {called} ({call.sid})\n")
+    if FOLDER:
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        stamp, sid = (re.sub(r"[^A-Za-z0-9]", "", text) for text in (began, call.sid))
+        path = FOLDER / f"{stamp}-{sid}.{FORMAT}"
+        path.touch(mode=0o600)
+        transcript.path = path
+        caller, called = masked(call.caller), masked(call.called)
+        record = {"call": call.sid, "began": began, "caller": caller, "called": called}
+        append(path, record, f"# 通話の記録 {began}\n\n{caller} → {called} ({call.sid})\n")
 
 
 def caller_spoke(call: Any, at: float) -> None:
-    transcript: Transcript = call.notes["transcript"]
-    turns = [line for line in transcript.lines if line.side == "caller"]
-    if not turns or turns[-1].ended_at is not None:  # else a new session hears the same turn again
-        transcript.lines.append(Line("caller", at))
+    call.notes["transcript"].caller_spoke_at = at
 
 
 def caller_paused(call: Any, at: float) -> None:
-    for line in call.notes["transcript"].lines:
-        if line.side == "caller" and line.ended_at is None:
-            line.ended_at = at
+    transcript = call.notes["transcript"]
+    transcript.lines.append(Line("caller", transcript.caller_spoke_at, at + PATIENCE_S))
 
 
 def caller_said(call: Any, at: float, text: str) -> None:
-    tell(call, at)  # first of all give up turns that wait too long: these words are not theirs
-    transcript: Transcript = call.notes["transcript"]
-    if (line := transcript.first_unknown("caller")) is None:
-        line = Line("caller", at, at)
-        transcript.lines.append(line)
-    line.text = text
-    transcript.words_came = True
-    tell(call, at)
+    call.notes["transcript"].words_came = True
+    take_words(call, at, "caller", text)
 
 
 def model_used(call: Any, at: float, usage: Any) -> None:
     """A transcription that found no words, as of a cough, is told by its usage alone."""
-    transcript: Transcript = call.notes["transcript"]
-    if isinstance(usage, dict) and "type" in usage:  # of a transcription: the usage of an answer has no type
-        if not transcript.words_came and (line := transcript.first_unknown("caller")):
-            line.text = ""
-        transcript.words_came = False
-    tell(call, at)
+    if isinstance(usage, dict) and "type" in usage:  # the usage of an answer has no type
+        if not call.notes["transcript"].words_came:
+            take_words(call, at, "caller", "")
+        call.notes["transcript"].words_came = False
 
 
 def model_spoke(call: Any, at: float) -> None:
@@ -111,48 +97,45 @@ def model_spoke(call: Any, at: float) -> None:
 
 
 def model_said(call: Any, at: float, text: str, heard_ms: int | None) -> None:
-    transcript: Transcript = call.notes["transcript"]
-    if (line := transcript.first_unknown("model")) is None:  # one more item of the answer that was told last
-        if heard_ms == 0:
-            return  # cut off before its first sound
-        place = max((place for place, line in enumerate(transcript.lines) if line.side == "model"), default=-1) + 1
-        line = Line("model", transcript.lines[place - 1].at if place else at)
-        transcript.lines.insert(place, line)
-    line.text, line.heard_ms = text, heard_ms
-    tell(call, at)
+    take_words(call, at, "model", text, heard_ms)
 
 
-def call_ended(call: Any, at: float) -> None:
+def call_ended(call: Any) -> None:
     for line in call.notes["transcript"].lines:
-        line.text = line.text or ""
-    tell(call, at)
+        write(call, line)
 
 
-def tell(call: Any, at: float) -> None:
-    """Log and write what has become known, up to the first line that may still become known."""
-    transcript: Transcript = call.notes["transcript"]
-    for line in transcript.lines:
-        if line.text is None and line.ended_at is not None and at - line.ended_at > PATIENCE_S:
-            line.text = ""
-        if line.text is None:
-            return
-        if line.told:
-            continue
-        line.told = True
-        text = " ".join(line.text.split())  # a line break would make two lines of one
-        cut = "" if line.heard_ms is None else f" [cut off: {line.heard_ms} ms heard]"
-        log.info("%s %s: %s%s", call.sid, line.side, text or "(no words)", cut)
-        at_s = max(0.0, line.at - transcript.began)
+def take_words(call: Any, at: float, side: str, text: str, heard_ms: int | None = None) -> None:
+    """Give words to the first line of this side that waits for some; then write what need not wait any more."""
+    lines = call.notes["transcript"].lines
+    line = next((line for line in lines if line.side == side and line.waits(at)), None)
+    if line is None:  # the second item of an answer
+        line = Line(side, at)
+        lines.append(line)
+    line.text, line.heard_ms = text, heard_ms
+    while lines and not lines[0].waits(at):
+        write(call, lines.pop(0))
+
+
+def write(call: Any, line: Line) -> None:
+    if line.heard_ms == 0:
+        return  # cut off before its first sound
+    text = " ".join((line.text or "").split())  # a line break would make two lines of one
+    cut = f" [cut off: {line.heard_ms} ms heard]" if line.heard_ms else ""
+    log.info("%s %s: %s%s", call.sid, line.side, text or "(no words)", cut)
+    transcript = call.notes["transcript"]
+    if transcript.path:
+        at_s = line.at - transcript.began
         record = {"at_s": round(at_s, 1), "side": line.side, "text": text, "heard_ms": line.heard_ms}
-        clock, name = f"{int(at_s) // 60}:{int(at_s) % 60:02}", "発信者" if line.side == "caller" else "AI"
-        cut = "" if line.heard_ms is None else f" *(ここで遮られた。聞こえたのは {line.heard_ms / 1000:.1f} 秒)*"
-        write(transcript, record, f"- {clock} **{name}** {text or '(言葉なし)'}{cut}")
+        name = "発信者" if line.side == "caller" else "AI"
+        clock = f"{int(at_s) // 60}:{int(at_s) % 60:02}"
+        cut = f" *(ここで遮られた。聞こえたのは {line.heard_ms / 1000:.1f} 秒)*" if line.heard_ms else ""
+        append(transcript.path, record, f"- {clock} **{name}** {text or '(言葉なし)'}{cut}")
 
 
-def write(transcript: Transcript, record: dict[str, Any], markdown: str) -> None:
-    if transcript.path is not None:
-        with transcript.path.open("a", encoding="utf-8") as file:
-            file.write((markdown if FORMAT == "md" else json.dumps(record, ensure_ascii=False)) + "\n")
+def append(path: Path, record: dict[str, Any], markdown: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write((json.dumps(record, ensure_ascii=False) if FORMAT == "jsonl" else markdown) + "\n")
 
 
 def masked(number: str) -> str:

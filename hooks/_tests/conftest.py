@@ -1,0 +1,153 @@
+"""What the tests of several hook files need: the host, a pretend call, and a hook file loaded to be told events."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+HOOKS = Path(__file__).parents[1]
+SETTINGS = """LOG_NUMBERS IDLE_SECONDS KEYS_PAUSE_SECONDS TRANSFER_NUMBERS TRANSCRIPTS TRANSCRIPT_FORMAT RECORDINGS
+    REPORTS BUDGET_PER_CALL_USD BUDGET_PER_DAY_USD WEATHER_URL OPENAI_API_KEY OPENAI_REALTIME_URL
+    OPENAI_REALTIME_MODEL"""
+
+TimedEvent = tuple[str, float, dict[str, Any]]
+Event = str | tuple[str, dict[str, Any]] | TimedEvent
+
+
+class PretendCall:
+    """What a hook sees of a call. `did` is what the call was asked to do: a text for the model, "hang_up" …"""
+
+    def __init__(self, sid: str = "CA1", caller: str = "+819012345678", called: str = "+81312340000") -> None:
+        self.sid, self.stream_sid, self.caller, self.called = sid, "MZ" + sid[2:], caller, called
+        self.notes: dict[str, Any] = {}
+        self.did: list[str] = []
+
+    def tell_model(self, text: str) -> None:
+        self.did.append(text)
+
+    def hang_up(self) -> None:
+        self.did.append("hang_up")
+
+    def transfer(self, number: str) -> None:
+        self.did.append(f"transfer {number}")
+
+
+class Loaded:
+    """One hook file, as the host has loaded it."""
+
+    def __init__(self, host: Any, name: str, caplog: pytest.LogCaptureFixture) -> None:
+        self.host, self.name, self.caplog = host, name, caplog
+        self.module: Any = sys.modules[f"_hook_{name}"]
+
+    def tell(self, call: PretendCall, *events: Event) -> None:
+        """Events as the bridge tells them: (name, at, facts). Without `at` it is now; a name alone has no facts."""
+        for event in events:
+            name, *rest = (event,) if isinstance(event, str) else event
+            facts = rest.pop() if rest else {}
+            self.host.emit(name, call, rest[0] if rest else time.monotonic(), facts)
+
+    async def finish(self) -> None:
+        """Wait until the file has dealt with all that it was told. It hears nothing of what it is told afterwards."""
+        await asyncio.to_thread(self.host.close, 5)
+
+    async def tell_all(self, call: PretendCall, *events: Event) -> None:
+        self.tell(call, *events)
+        await self.finish()
+
+    @property
+    def log(self) -> list[str]:
+        """What the file itself has logged. It has raised nothing."""
+        assert not [record.getMessage() for record in self.caplog.records if record.exc_info]
+        return [record.getMessage() for record in self.caplog.records if record.name == self.name]
+
+    @property
+    def errors(self) -> list[str]:
+        """The error lines of all, the host included."""
+        return lines(self.caplog, logging.ERROR)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The lines of all that are warnings or worse."""
+        return lines(self.caplog, logging.WARNING)
+
+
+def lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+LoadHook = Callable[..., Loaded]
+
+
+@pytest.fixture(scope="session")
+def hooks_host() -> ModuleType:
+    """hooks/__init__.py, loaded by its path, as the bridge loads it."""
+    spec = importlib.util.spec_from_file_location("hooks_host", HOOKS / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["hooks_host"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hook(
+    hooks_host: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[LoadHook]:
+    """hook("cost", SETTING="…") loads hooks/cost.py with these settings and no others."""
+    caplog.set_level(logging.INFO)
+    for setting in SETTINGS.split():
+        monkeypatch.delenv(setting, raising=False)
+    hosts = []
+
+    def load(name: str, **settings: Any) -> Loaded:
+        for setting, value in settings.items():
+            monkeypatch.setenv(setting, str(value))
+        hosts.append(hooks_host.load(HOOKS, name))
+        return Loaded(hosts[-1], name, caplog)
+
+    yield load
+    for host in hosts:
+        host.close(1)
+
+
+def conversation(*steps: str) -> list[TimedEvent]:
+    """Events from lines such as "1.5 caller_said text=はい"; numbers become numbers. Start and end are added."""
+    events: list[TimedEvent] = [("call_started", 0.0, {})]
+    at = 0.0
+    for step in steps:
+        seconds, event, *pairs = step.split(" ")
+        at = float(seconds)
+        facts: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
+        for name, value in facts.items():
+            facts[name] = None if value == "None" else float(value) if re.fullmatch(r"[\d.]+", value) else value
+        if facts.get("heard_ms") is not None:
+            facts["heard_ms"] = int(facts["heard_ms"])
+        events.append((event, at, facts))
+    return [*events, ("call_ended", at + 1, {"reason": "caller hung up"})]
+
+
+async def until(true: Callable[[], Any], within_s: float = 2.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline, f"not within {within_s} s"
+        await asyncio.sleep(0.005)
+
+
+async def longest_pause_of_the_loop(done: Callable[[], Any], within_s: float = 5.0) -> float:
+    """How long the loop was held up at most, in seconds, while something came to pass elsewhere."""
+    longest, deadline = 0.0, time.monotonic() + within_s
+    while not done():
+        began = time.monotonic()
+        assert began < deadline, f"not within {within_s} s"
+        await asyncio.sleep(0.002)
+        longest = max(longest, time.monotonic() - began - 0.002)
+    return longest
