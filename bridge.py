@@ -142,13 +142,13 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     if base := chosen.get("public_base_url"):
         if not re.fullmatch(r"https://[^/:?#@\s]+(:\d{1,5})?(/[^?#\s]*)?", base):
             raise ValueError(
-                f"PUBLIC_BASE_URL is {base!r}: give an address such as https://my-app.fly.dev (https, no query)"
+                f"PUBLIC_BASE_URL is {no_password(base)!r}: give an https address such as https://my-app.fly.dev"
             )
         chosen["public_base_url"] = base.rstrip("/")
     settings = Settings(**chosen)
     if not re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", settings.openai_realtime_url):
         raise ValueError(
-            f"OPENAI_REALTIME_URL is {settings.openai_realtime_url!r}: give one that begins with wss:// (or ws://)"
+            f"OPENAI_REALTIME_URL is {no_password(settings.openai_realtime_url)!r}: give one that begins with wss://"
         )
     audio = session_update(settings, []).get("audio") or {}
     for way in ("input", "output"):
@@ -158,6 +158,10 @@ def read_settings(env: Mapping[str, str]) -> Settings:
                 f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
             )
     return settings
+
+
+def no_password(url: str) -> str:
+    return re.sub(r"//.*@", "//…@", url)
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -752,6 +756,7 @@ FINAL_ERRORS = {  # that trying again does not mend
     *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
     *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
 }
+ANSWER_COMES_S = 1.0  # within it OpenAI begins the answer to a turn: what is wanted besides would collide with it
 ALREADY_ACTIVE = "conversation_already_has_active_response"
 ASK_ID = "ask"  # of each response.create: an error that names it refuses that
 CREATE_RESPONSE = b'{"type":"response.create","event_id":"ask"}'
@@ -843,11 +848,12 @@ class Call:
 
         self.openai: OpenAILeg | None = None  # None while dialling
         self.session = 0  # number of sessions dialled
-        # "" once OpenAI has accepted our session.update; else why not.
-        self.granted: asyncio.Future[str] | None = None
+        # OpenAI's on our session.update: "" when it is granted, else why it is refused.
+        self.verdict: asyncio.Future[str] | None = None
         self.ready = False  # … and audio may flow
         self.transcribe = True  # False once OpenAI has refused that part of the session
         self.server_interrupts = True  # OpenAI cancels a response by itself when the caller speaks over it
+        self.server_answers = True  # … and begins one by itself when they have spoken
         self.history: dict[str, tuple[str, str]] = {}  # item id -> (role, text), in the order of the conversation
 
         self.ears: deque[bytes] = deque()  # the caller's audio (base64) that a new session would need; see section 6
@@ -1001,18 +1007,18 @@ class Call:
                 assert isinstance(openai, OpenAILeg)
                 closed = asyncio.ensure_future(openai.wait_closed())
                 try:
-                    granted = self.granted = self.loop.create_future()
+                    verdict = self.verdict = self.loop.create_future()
                     self.openai, self.session = openai, self.session + 1
                     openai.deliver_to(self.from_openai)
                     self.update_session()
-                    await asyncio.wait([granted, closed], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait([verdict, closed], return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     closed.cancel()
-                if granted.done() and not granted.result():
+                if verdict.done() and not verdict.result():
                     return openai
                 await openai.hang_up()
-                if granted.done():
-                    raise Refused(granted.result())
+                if verdict.done():
+                    raise Refused(verdict.result())
                 if is_final(openai.close_code):
                     raise Refused(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
                 self.note(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
@@ -1026,15 +1032,16 @@ class Call:
 
     def session_granted(self, session: Mapping[str, Any]) -> None:
         """OpenAI says what it made of our session.update. Audio in another format would be noise to the caller."""
-        if self.granted is None or self.granted.done():
+        if self.verdict is None or self.verdict.done():
             return
         for way in ("input", "output"):
             audio = (session.get("audio") or {}).get(way) or {}
             if (given := (audio.get("format") or {}).get("type", "audio/pcmu")) != "audio/pcmu":
-                return self.granted.set_result(f"OpenAI grants {given} as {way} format instead of audio/pcmu")
+                return self.verdict.set_result(f"OpenAI grants {given} as {way} format instead of audio/pcmu")
         detection = ((session.get("audio") or {}).get("input") or {}).get("turn_detection") or {}
-        self.server_interrupts = detection.get("interrupt_response", self.server_interrupts)
-        self.granted.set_result("")
+        self.server_interrupts = detection.get("interrupt_response", True)
+        self.server_answers = detection.get("create_response", True)
+        self.verdict.set_result("")
         for role, text in self.history.values():  # of a session before this one
             if text:
                 self.add_text(role, text)
@@ -1052,14 +1059,14 @@ class Call:
 
     def session_refused(self, error: Mapping[str, Any]) -> None:
         """An error before the session was granted answers our session.update: nothing of that applies."""
-        assert self.granted is not None
+        assert self.verdict is not None
         text = f"{error.get('code')}: {error.get('message')} ({error.get('param')})"
         if self.transcribe and "transcription" in text and error.get("code") not in FINAL_ERRORS:
             self.transcribe = False
             self.emit("model_failed", error=f"{text}: trying without transcription")
             self.update_session()
         else:
-            self.granted.set_result(f"OpenAI refuses the session: {text}")
+            self.verdict.set_result(f"OpenAI refuses the session: {text}")
 
     def session_lost(self) -> None:
         """Keep what the next session needs: the texts, and the caller's audio that was not answered (`ears`)."""
@@ -1068,7 +1075,6 @@ class Call:
         self.answer_due = self.answer_due or bool(self.response_id or self.asking)
         self.caller_was_speaking, self.caller_speaking = self.caller_speaking, False
         self.response_id, self.asking, self.function_calls = "", b"", []
-        self.cut.clear()
         self.early_speech = []  # not heard, so not said
         for item in list(self.items.values()):  # what Twilio has of them is still played
             item.complete = True
@@ -1216,7 +1222,8 @@ class Call:
                 self.answer_due = True
                 self.turn_ms = self.ears_ms  # needed until its text has come
                 self.emit("caller_paused")
-                self.ask_if_free()
+                wait_s = ANSWER_COMES_S if self.server_answers else 0
+                self.timers["wanted"] = self.loop.call_later(wait_s, self.ask_if_free)
             case "input_audio_buffer.committed":
                 self.remember(event["item_id"], "user", "")  # its place; the words come later, perhaps after the answer
             case "conversation.item.input_audio_transcription.completed":
@@ -1257,7 +1264,7 @@ class Call:
         """Most errors are recoverable, and the session stays open: the call goes on."""
         code = error.get("code")
         text = f"{code}: {error.get('message')}"
-        if self.granted is not None and not self.granted.done():
+        if self.verdict is not None and not self.verdict.done():
             self.session_refused(error)
         elif code in FINAL_ERRORS:
             self.give_up(text)
@@ -1397,8 +1404,11 @@ class Call:
     # ── 9 Answering ─────────────────────────────────────────────────────────────────────────────────────────────
     #
     # When the caller has spoken, OpenAI answers by itself. The bridge asks for an answer (response.create) only for the
-    # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, so what is
-    # `wanted` waits until none is, and until the caller is silent; an answer that begins meanwhile makes it needless.
+    # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, so:
+    #
+    #     wanted   to be asked for once no response is in progress and the caller is silent; needless if one begins
+    #     asking   has been asked for; OpenAI has not said yet that it has begun
+    #     asked    began the response in progress (`response_id`), and is asked for again if that fails
 
     def ask(self, create: bytes) -> None:
         self.wanted = create
@@ -1504,6 +1514,11 @@ class Call:
         self.loop.call_soon_threadsafe(tell_and_ask)
 
     # ── 10 The end ──────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    #     hang_up, transfer ─┐ (a caller who goes on talking calls these two off)
+    #     time limit ────────┼─ end_when_heard ── the last words are heard, or a limit passes ──┐
+    #     give_up, shutdown ─┘                                                                  ├─ end ── live closes
+    #     `stop`, a lost stream ────────────────────────────────────────────────────────────────┘
 
     def hang_up(self) -> None:
         """End the call once the goodbye has been heard; a caller who goes on talking calls it off. From any thread."""

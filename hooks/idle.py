@@ -1,17 +1,16 @@
 """Asks a caller who has fallen silent whether they are still there, at most twice, and then ends the call politely.
 
-The silence begins when the caller has heard the model out. A caller who speaks or presses a key is there: the asking
-begins anew.
+The silence begins when the caller has heard the model out, and no tool runs: until then the call is `busy`. A caller
+who speaks or presses a key is there: the asking begins anew.
 
     IDLE_SECONDS=25    of silence before each question; 0: never ask. People pause for up to 20 s, to think or to look
-                       for something, and a tool may take as long after the model has said "one moment"
+                       for something
 
 Nothing is stored.
 """
 
 import asyncio
 import logging
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ QUESTIONS = [
 GOODBYE = (
     "発信者の返事がないので、この電話を切ります。またいつでもお電話くださいと、短く丁寧に別れの挨拶をしてください。"
 )
-ANSWER_LIMIT_S = 60.0  # an answer that has not come by then will not come: the silence counts
-
 try:
     IDLE_SECONDS = float(os.environ.get("IDLE_SECONDS") or 25)
     if not 0 <= IDLE_SECONDS <= 3600:
@@ -39,12 +36,11 @@ except ValueError:
 
 @dataclass
 class Silence:
-    """One call's silence: it has begun when all these times, in seconds of time.monotonic(), have passed."""
+    """One call's silence."""
 
-    since: float  # the last sign of life; while the caller speaks it is infinite
-    played_at: float = 0.0  # when Twilio will have played what it was sent
-    asked_at: float = 0.0
-    asked: int = 0  # how many times in this silence
+    since: float  # time.monotonic(), s: the last sign of life of either side
+    caller_speaks: bool = False
+    asked: int = 0  # questions in this silence
     watch: asyncio.Task[None] | None = None
 
 
@@ -58,11 +54,11 @@ async def watch(call: Any, silence: Silence) -> None:
     """Look every now and then: simpler than a timer that every event would have to move."""
     while True:
         await asyncio.sleep(IDLE_SECONDS / 10)
-        now = time.monotonic()
-        began = max(silence.since, silence.played_at, silence.asked_at)
-        if now - began < IDLE_SECONDS or silence.asked > len(QUESTIONS):
+        if call.busy or silence.caller_speaks:
+            silence.since = time.monotonic()
+        if time.monotonic() - silence.since < IDLE_SECONDS or silence.asked > len(QUESTIONS):
             continue
-        silence.asked, silence.asked_at = silence.asked + 1, now
+        silence.since, silence.asked = time.monotonic(), silence.asked + 1
         if silence.asked <= len(QUESTIONS):
             call.tell_model(QUESTIONS[silence.asked - 1])
         else:
@@ -71,35 +67,16 @@ async def watch(call: Any, silence: Silence) -> None:
             call.hang_up()  # when the goodbye has been heard
 
 
-def caller_spoke(call: Any, at: float) -> None:
-    silence = call.notes["idle"]
-    silence.since, silence.asked = math.inf, 0
-    silence.played_at = at  # what was still to be played is thrown away
+async def caller_spoke(call: Any) -> None:
+    call.notes["idle"].caller_speaks, call.notes["idle"].asked = True, 0
 
 
-def caller_paused(call: Any, at: float) -> None:
-    call.notes["idle"].since = at + ANSWER_LIMIT_S
+async def caller_paused(call: Any, at: float) -> None:
+    call.notes["idle"].caller_speaks, call.notes["idle"].since = False, at
 
 
-def key_pressed(call: Any, at: float) -> None:
-    silence = call.notes["idle"]
-    silence.since, silence.asked = max(silence.since, at), 0
-
-
-def model_asked(call: Any, at: float) -> None:
-    call.notes["idle"].since = at + ANSWER_LIMIT_S
-
-
-def model_audio(call: Any, at: float, mulaw: bytes) -> None:
-    """It is sent faster than it is played, and Twilio plays one piece after another. 8 bytes are a millisecond."""
-    silence = call.notes["idle"]
-    silence.played_at = max(silence.played_at, at) + len(mulaw) / 8000
-
-
-def model_said(call: Any, at: float, heard_ms: int | None) -> None:
-    silence = call.notes["idle"]
-    if heard_ms is None and silence.since < math.inf:  # heard to its end, and the caller has not begun to speak
-        silence.since = at
+async def key_pressed(call: Any, at: float) -> None:
+    call.notes["idle"].since, call.notes["idle"].asked = at, 0
 
 
 async def call_ended(call: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 HOOKS = Path(__file__).parents[1]
+# Of all hook files. What the environment says of them is taken away, so that a test has just those that it names.
 SETTINGS = """LOG_NUMBERS IDLE_SECONDS KEYS_PAUSE_SECONDS TRANSFER_NUMBERS TRANSCRIPTS TRANSCRIPT_FORMAT RECORDINGS
     REPORTS BUDGET_PER_CALL_USD BUDGET_PER_DAY_USD WEATHER_URL OPENAI_API_KEY OPENAI_REALTIME_URL
     OPENAI_REALTIME_MODEL"""
@@ -31,6 +32,7 @@ class PretendCall:
         self.sid, self.stream_sid, self.caller, self.called = sid, "MZ" + sid[2:], caller, called
         self.notes: dict[str, Any] = {}
         self.did: list[str] = []
+        self.busy = False  # the model is being heard, or about to speak, or a tool runs
 
     def tell_model(self, text: str) -> None:
         self.did.append(text)
@@ -73,15 +75,15 @@ class Loaded:
     @property
     def errors(self) -> list[str]:
         """The error lines of all, the host included."""
-        return lines(self.caplog, logging.ERROR)
+        return log_lines(self.caplog, logging.ERROR)
 
     @property
     def warnings(self) -> list[str]:
         """The lines of all that are warnings or worse."""
-        return lines(self.caplog, logging.WARNING)
+        return log_lines(self.caplog, logging.WARNING)
 
 
-def lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+def log_lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 

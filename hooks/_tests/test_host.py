@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal, Optional
 
 import pytest
-from conftest import HOOKS, PretendCall, longest_pause_of_the_loop, until
+from conftest import HOOKS, PretendCall, log_lines, longest_pause_of_the_loop, until
 from websockets.asyncio.server import serve
 
 LoadFiles = Callable[..., Any]
@@ -43,7 +43,7 @@ def load(hooks_host: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixtur
 @pytest.fixture
 def errors(caplog: pytest.LogCaptureFixture) -> Errors:
     """The error lines so far."""
-    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    return lambda: log_lines(caplog, logging.ERROR)
 
 
 def emit(host: Any, call: PretendCall, event: str, **facts: Any) -> None:
@@ -256,7 +256,7 @@ async def test_over_a_thousand_waiting_events_new_ones_are_dropped_counted_and_l
     emit(host, PretendCall(), "key_pressed", key="after")
     await finish(host)
     assert slow.did == [*range(1001), "after"] and quick.did == [*range(1051), "after"]
-    assert errors()[1:] == ["hooks/slow.py: 50 events were dropped"]
+    assert errors()[1:] == ["hooks/slow.py: 50 events were dropped"] and host.dropped == 50
 
 
 async def test_events_that_were_dropped_last_of_all_are_counted_at_the_end(load: LoadFiles, errors: Errors) -> None:

@@ -20,11 +20,11 @@ async def test_keys_are_told_to_the_model_together_at_the_hash_key(hook: LoadHoo
 
 
 async def test_keys_are_told_to_the_model_after_a_pause(hook: LoadHook) -> None:
-    keys, call = hook("keys", KEYS_PAUSE_SECONDS="0.1"), PretendCall()
+    keys, call = hook("keys", KEYS_PAUSE_SECONDS="0.3"), PretendCall()
     keys.tell(call, "call_started", *presses("12"))
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.2)
     keys.tell(call, *presses("3"))
-    await asyncio.sleep(0.06)
+    await asyncio.sleep(0.2)
     assert call.did == []
     await until(lambda: call.did, 1)
     assert "123" in call.did[0]
