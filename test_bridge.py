@@ -3,10 +3,13 @@
 At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones (hooks/offline.py knows what a client
 may send, to the last key). Then come tests whose names are sentences, in the order in which a call happens. Nothing
 between the two sockets is mocked. Run: pytest
+
+At the end it is a program of its own: `python test_bridge.py` plays a call in the terminal, or many at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import asyncio
 import base64
@@ -14,20 +17,26 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import re
 import signal
 import socket
+import statistics
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
-from collections import deque
+import urllib.error
+import urllib.request
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from xml.etree import ElementTree
 
 import pytest
@@ -1028,6 +1037,18 @@ async def test_messages_arrive_whole_however_the_bytes_are_cut() -> None:
         await until(lambda: len(openai.heard) == 8 * 400)
         assert openai.heard == voice(200, 1) + voice(200, 2)
         await asyncio.wait_for(await ping, 1)
+
+
+async def test_a_loop_that_rests_between_two_looks_at_its_sockets_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "REST_ABOVE_CALLS", 0)
+    async with a_call() as (twilio, openai, line):
+        resting = asyncio.create_task(line.bridge.rest())
+        await twilio.speaks(voice(400, 1), pace=True)
+        await openai.says(voice(300, 2))
+        await until(lambda: openai.heard == voice(400, 1) and twilio.heard_so_far() == voice(300, 2))
+        resting.cancel()
 
 
 async def test_an_empty_ping_is_answered_at_once() -> None:
@@ -3060,3 +3081,527 @@ def test_without_a_key_the_lone_file_says_what_to_set(tmp_path: Path) -> None:
     for folder, env in ((tmp_path, {}), (HERE, {"HOOKS": ""})):
         done = run_bridge(env, folder)
         assert done.returncode == 2 and "OPENAI_API_KEY" in done.stderr.splitlines()[-1], done.stderr
+
+
+# ── As a program: one call to watch, or many at once ────────────────────────────────────────────────────────────
+#
+#     python test_bridge.py                     a pretend call in the terminal, in real time
+#     python test_bridge.py --calls 50          50 at once: what is lost, how long it takes, what it costs
+#     python test_bridge.py --url https://…     callers only, to a bridge that is deployed
+#
+# The bridge is a process of its own with all its hooks, as on a server.
+
+TURN_DETECTION_S, THINKING_S = 0.5, 0.3  # a model's, from the caller's last word to the first of the answer
+BASELINE_MS = 62.5  # of CPU a second: what Fly.io guarantees a shared-cpu-1x
+ON_TERMINAL = sys.stdout.isatty()
+
+
+def paint(style: str, text: str) -> str:
+    """In colour, on a terminal that is to have it (https://no-color.org)."""
+    return f"\033[{style}m{text}\033[0m" if ON_TERMINAL and not os.environ.get("NO_COLOR") else text
+
+
+class WatchedCall(PretendTwilio):
+    """A caller with their part, and a model with its own. Each line is printed while it is spoken, and then checked."""
+
+    def __init__(self, port: int, char_s: float, wrong: list[str]) -> None:
+        super().__init__(port)
+        self.openai: PretendSession
+        self.char_s = char_s  # how long a character is spoken
+        self.wrong = wrong
+        self.began = time.monotonic()
+        self.frames = 0  # sent of the caller's; frame n is voice(20, n)
+        self.turn = ""  # the item of what the caller says
+        self.hung_up = False
+        self.made = self.due = b""  # the model's audio, and what of it the caller is to hear
+        self.sounded_at = self.last_word_at = 0.0  # when the model's line was first heard, when the caller's ended
+
+    def tell(self, who: str, text: str = "", end: str = "\n") -> None:
+        style = {"caller": "36", "model": "33", "wrong": "31"}.get(who, "2")
+        at = paint("2", f"{time.monotonic() - self.began:5.1f} s")
+        print(f"{at}  {paint(style, f'{who:<8}')}  {text}", end=end, flush=True)
+
+    def check(self, right: bool, fault: str) -> None:
+        if not right:
+            self.wrong.append(fault)
+            self.tell("wrong", fault)
+
+    async def line(self, who: str, text: str) -> None:
+        self.tell(who, end="")
+        began = time.monotonic()
+        for count, char in enumerate(text, 1):
+            print(char, end="", flush=True)
+            await asyncio.sleep(began + count * self.char_s - time.monotonic())
+
+    async def microphone(self) -> None:
+        """20 ms of the caller's sound every 20 ms, from the start to the hanging up."""
+        due = time.monotonic()
+        while not self.hung_up:
+            await self.speaks(voice(20, self.frames))
+            self.frames += 1
+            due += 0.02
+            await asyncio.sleep(due - time.monotonic())
+
+    def plays(self, mulaw: bytes) -> None:
+        self.sounded_at = self.sounded_at or time.monotonic()
+        super().plays(mulaw)
+
+    async def model_says(self, text: str, heard: str = "") -> None:
+        """An answer. With `heard`, the caller begins to speak when that much of it has been heard."""
+        mulaw, self.sounded_at, made_at = voice(len(text) * self.char_s * 1000, len(self.made)), 0.0, time.monotonic()
+        item = await self.openai.says(mulaw, text)
+        self.made += mulaw
+        await until(lambda: self.sounded_at, 1, "something of the model's answer to be heard")
+        await self.line("model", heard or text)
+        bridge_ms = (self.sounded_at - made_at) * 1000
+        wait = f"{(self.sounded_at - self.last_word_at) * 1000:.0f} ms, " if self.last_word_at else ""
+        print(paint("2", f"  {wait}bridge {bridge_ms:.1f} ms"))
+        self.check(bridge_ms < 100, f"the bridge held the answer back for {bridge_ms:.0f} ms")
+        if heard:
+            await self.barges_in(item, len(mulaw) // 8)
+        else:
+            self.due += mulaw
+            await until(lambda: not self.marks, 1, "the model's last word to be heard, by its mark")
+            self.check(self.heard_so_far() == self.due, "the caller did not hear just what the model said")
+
+    async def barges_in(self, item: str, sent_ms: int) -> None:
+        """The caller begins to speak: within an instant the model is silent, and is told how much of it was heard."""
+        began = time.monotonic()
+        self.turn = await self.openai.hears_speech()
+        await until(lambda: self.clears, 1, "a clear, when the caller speaks over the model")
+        silent_ms = (time.monotonic() - began) * 1000
+        heard_ms, self.due = (len(self.heard) - len(self.due)) / 8, self.heard
+        truncate = await self.openai.gets("conversation.item.truncate", 1)
+        told_ms = truncate["audio_end_ms"]
+        told = f"{heard_ms:.0f} ms heard of {sent_ms} ms sent; the model is told {told_ms} ms"
+        self.tell("barge-in", paint("2", f"{told}, and silent within {silent_ms:.0f} ms"))
+        self.check(abs(told_ms - heard_ms) <= 60, f"the caller had heard {heard_ms:.0f} ms, not {told_ms} ms")
+        self.check(truncate["item_id"] == item, f"the truncate is of {truncate['item_id']} instead of {item}")
+
+    async def caller_says(self, text: str, over: bool = False) -> None:
+        if not over:
+            await asyncio.sleep(THINKING_S)
+            self.turn = await self.openai.hears_speech()
+        await self.line("caller", text)
+        print()
+        self.last_word_at = time.monotonic()
+        await asyncio.sleep(TURN_DETECTION_S)
+        await self.openai.hears_silence(self.turn, text)
+        await asyncio.sleep(THINKING_S)
+
+    async def ends(self) -> None:
+        """The caller hangs up: all audio must have come through, and both sides must be closed within a second."""
+        await self.openai.caught_up()
+        caller = b"".join(voice(20, n) for n in range(self.frames))
+        for who, came, sent in (("caller", self.openai.heard, caller), ("model", self.sent_to_it(), self.made)):
+            self.check(came == sent, f"the {who}'s audio came changed, {len(came) // 8} ms of {len(sent) // 8} ms")
+        began = time.monotonic()
+        hanging_up = asyncio.create_task(self.hangs_up())
+        await until(lambda: self.openai.socket.close_code and hanging_up.done(), 1, "both sides to be closed")
+        self.tell("hung up", paint("2", f"both sides are closed after {(time.monotonic() - began) * 1000:.0f} ms"))
+        asked = ["session.update", "response.create", "conversation.item.truncate"]
+        self.check(self.openai.types() == asked, f"the model was sent {self.openai.types()} instead of {asked}")
+        self.check(self.clears == 1, f"{self.clears} clears for one barge-in")
+        for fault in self.faults + self.openai.errors:
+            self.check(False, f"against the protocol: {fault}")
+
+
+async def watch(process: Process, seconds: float, wrong: list[str]) -> None:
+    """One pretend call of about this length."""
+    print("A pretend call through bridge.py, in real time. Nothing leaves this computer, and nothing costs.")
+    print("Behind an answer: how long the caller waited for it, and how long it was in the bridge.\n")
+    call = WatchedCall(process.port, (seconds - 4) / 134, wrong)
+    await call.calls()
+    call.openai = await process.openai.session()
+    microphone = asyncio.create_task(call.microphone())
+    call.tell("answered", paint("2", "the model is there, too"))
+    greeting = bridge.Settings().greeting
+    create = await call.openai.gets("response.create")
+    call.check(greeting in json.dumps(create, ensure_ascii=False), "the model was not asked for the greeting")
+    await call.model_says(greeting)
+    await call.caller_says("あしたの東京の天気を教えてください。")
+    await call.model_says("あしたの東京は晴れて、二十五度くらいまで上がるそうです。")
+    await call.caller_says("傘はいりますか。")
+    answer = "いいえ、雨の心配はなさそうです。"
+    await call.model_says(f"{answer}ただ、夕方からは風が強くなりますので、上着があると安心です。", heard=answer)
+    await call.caller_says("わかりました。ありがとうございます。", over=True)
+    await call.model_says("お電話ありがとうございました。失礼いたします。")
+    call.hung_up = True
+    await microphone
+    await call.ends()
+
+
+@dataclasses.dataclass
+class Load:
+    """What many calls share: where they go, and what is measured."""
+
+    base: str  # of the bridge
+    real: bool = False  # it is deployed, and so is its model
+    since_ns: float = math.inf  # measured is what is sent after that: what came before has waited for the dialling
+    over: bool = False
+    callers: list[LoadCaller] = dataclasses.field(default_factory=list)
+    models: list[LoadModel] = dataclasses.field(default_factory=list)
+    late: Counter[int] = dataclasses.field(default_factory=Counter)  # our own frames, in 10 µs
+
+
+class Ear:
+    """One end of one call. What comes there are blocks of 20 ms that say their call, their number, and when sent."""
+
+    def __init__(self, load: Load, call: int = 0) -> None:
+        self.load = load
+        self.call = call  # its number; 0 until the first block
+        self.unread = b""
+        self.counts: Counter[str] = Counter()
+        self.next = 0  # number of the block that should come next
+        self.delays: Counter[int] = Counter()  # in 10 µs
+
+    @staticmethod
+    def block(call: int, number: int) -> bytes:
+        """The same 20 bytes eight times over, so that any change shows."""
+        return struct.pack(">4sIIQ", b"call", call, number, time.monotonic_ns()) * 8
+
+    def hears(self, mulaw: bytes) -> None:
+        now, self.unread = time.monotonic_ns(), self.unread + mulaw
+        while len(self.unread) >= 160:
+            if self.unread[:160] != self.unread[:20] * 8:  # look for the beginning of the next whole block
+                self.counts["bytes changed"] += 1
+                self.unread = self.unread[1:]
+                continue
+            _, call, number, sent_at = struct.unpack(">4sIIQ", self.unread[:20])
+            self.unread = self.unread[160:]
+            self.call = self.call or call
+            if call != self.call or number < self.next:
+                self.counts["repeated" if call == self.call else "of another call"] += 1
+                continue
+            self.counts["lost"] += number - self.next
+            self.counts["arrived"] += 1
+            self.next = number + 1
+            if sent_at >= self.load.since_ns:
+                self.delays[(now - sent_at) // 10_000] += 1
+
+
+class LoadCaller(PretendTwilio):
+    """One of many callers: a block every 20 ms, at a phase of their own; or silence, for a model that is real."""
+
+    def __init__(self, load: Load) -> None:
+        public = os.environ.get("PUBLIC_BASE_URL", "").rstrip("/") if load.base.startswith("http:") else ""
+        token = os.environ.get("TWILIO_AUTH_TOKEN", "") if load.real else ""
+        super().__init__(0, base=public or load.base, auth_token=token)
+        self.sid = "CA" + os.urandom(16).hex()
+        self.stream_sid = "MZ" + self.sid[2:]
+        load.callers.append(self)
+        self.load, self.number, self.sent = load, len(load.callers), 0
+        self.ear = Ear(load, self.number)
+        self.called_at = self.answered_at = self.stream_at = self.sound_at = self.playing = 0.0  # monotonic, s
+        self.sound_s, self.marks_asked = 0.0, 0
+
+    async def post(self, path: str, **form: str) -> str:
+        form = {"CallSid": self.sid, "From": CALLER, "To": CALLED, "CallStatus": "ringing", **form}
+        headers = self.signature(self.base + path, form)
+        request = urllib.request.Request(self.load.base + path, urlencode(form).encode(), headers)
+        try:
+            with await asyncio.to_thread(urllib.request.urlopen, request, timeout=15) as answer:
+                twiml = str(answer.read().decode())
+        except urllib.error.HTTPError as fault:
+            raise AssertionError(f"the webhook answers {fault.code} {fault.read(200).decode().strip()}") from None
+        assert "<Stream" in twiml, f"the bridge says: {''.join(ElementTree.fromstring(twiml).itertext())}"
+        return twiml
+
+    async def connects(self) -> LoadCaller:
+        self.answered_at = time.monotonic()
+        await asyncio.sleep(0.5)  # as long as Twilio takes
+        here, url = urlsplit(self.load.base), urlsplit(self.stream_url)
+        if here.scheme == "http":  # its public name leads elsewhere
+            url = url._replace(scheme="ws", netloc=here.netloc)
+        headers = self.signature(self.stream_url, {})
+        self.socket = await connect(url.geturl(), additional_headers=headers, compression=None, proxy=None)
+        self.stream_at = time.monotonic()
+        self.reader = asyncio.create_task(self.listen())
+        await self.sends({"event": "connected", "protocol": "Call", "version": "1.0.0"})
+        return self
+
+    async def talks(self) -> None:
+        """The whole call, but for the hanging up."""
+        self.called_at = time.monotonic()
+        await self.calls()
+        due = time.monotonic() + random.random() / 50
+        while not self.load.over:
+            await asyncio.sleep(due - time.monotonic())
+            self.load.late[int((time.monotonic() - due) * 1e5)] += 1
+            assert not self.reader.done(), f"the bridge ended it after {due - self.stream_at:.1f} s"
+            await self.speaks(b"\xff" * 160 if self.load.real else Ear.block(self.number, self.sent))
+            self.sent += 1
+            due += 0.02
+
+    def takes(self, text: str | bytes) -> None:
+        now, loop = time.monotonic(), asyncio.get_running_loop()
+        match json.loads(text):
+            case {"event": "media", "media": {"payload": payload}}:
+                mulaw = base64.b64decode(payload)
+                self.sound_at = self.sound_at or now
+                self.sound_s += len(mulaw) / 8000
+                self.playing = max(self.playing, now) + len(mulaw) / 8000
+                if not self.load.real:
+                    self.ear.hears(mulaw)
+            case {"event": "mark", "mark": {"name": name}}:
+                self.marks_asked += 1
+                loop.call_later(max(0, self.playing - now), self.returns_mark, name)
+            case message:
+                self.faults.append(f"nobody spoke over the model, and yet came {message['event']}")
+
+
+class LoadModel:
+    """One of many models: an answer of 3.9 s, sent four times as fast as it is spoken, then the caller's turn."""
+
+    def __init__(self, load: Load, session: PretendSession) -> None:
+        load.models.append(self)
+        self.load, self.session, self.sent, self.ear = load, session, 0, Ear(load)
+
+    async def run(self) -> None:
+        talking = asyncio.create_task(self.talks())
+        with contextlib.suppress(ConnectionClosed):
+            async for text in self.session.socket:
+                event = json.loads(text)
+                if event["type"] == "input_audio_buffer.append":
+                    self.ear.hears(base64.b64decode(event["audio"]))
+                else:
+                    await self.session.takes(text)
+        talking.cancel()
+
+    async def talks(self) -> None:
+        session = self.session
+        await until(lambda: session.response and self.ear.call, 60, "the caller, and the greeting to be asked for")
+        while not self.load.over:
+            item = ""
+            for _ in range(13):
+                blocks = [Ear.block(self.ear.call, number) for number in range(self.sent, self.sent + 15)]
+                if not self.load.over:
+                    self.sent += 15
+                    item = await session.speaks(b"".join(blocks), item)
+                    await asyncio.sleep(0.3 / 4)
+            await session.says(b"", "はい、わかりました。", item)
+            await asyncio.sleep(3.9 * 3 / 4 + 0.5)  # the caller hears it to its end
+            turn = await session.hears_speech()
+            await asyncio.sleep(random.uniform(0.5, 2))
+            await session.hears_silence(turn, "そうですか。")
+            await asyncio.sleep(THINKING_S)
+            await session.begins()
+
+
+def used(pid: int) -> tuple[float, float]:
+    """CPU in ms and memory in MB of a process with all its threads; not numbers where the system does not say."""
+    try:
+        cpu_ns = sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+        status = Path(f"/proc/{pid}/status").read_text()
+        return cpu_ns / 1e6, int(status.partition("VmRSS:")[2].split()[0]) / 1024
+    except (OSError, IndexError):
+        return math.nan, math.nan
+
+
+def percentile(counts: Counter[int], part: float) -> float:
+    """In ms, of measurements in 10 µs; not a number when there are none."""
+    rest = part * counts.total()
+    for value in sorted(counts):
+        if (rest := rest - counts[value]) <= 0:
+            return value / 100
+    return math.nan
+
+
+def row(name: str, *columns: str) -> None:
+    print(f"  {name:<18}", *(f"{column:>18}" for column in columns))
+
+
+def table_of_callers(callers: list[LoadCaller]) -> None:
+    """What callers alone can know."""
+    row("", "median", "longest")
+    for name, times in (
+        ("answered after", [caller.answered_at - caller.called_at for caller in callers]),
+        ("first sound after", [caller.sound_at - caller.stream_at for caller in callers if caller.sound_at]),
+        ("sound in all", [caller.sound_s for caller in callers]),
+    ):
+        row(name, *(f"{act(times or [math.nan]):.2f} s" for act in (statistics.median, max)))
+    row("marks", str(sum(caller.marks_asked for caller in callers)))
+
+
+def table_of_both_sides(callers: list[LoadCaller], models: list[LoadModel], wrong: list[str]) -> None:
+    row("", "caller → model", "model → caller")
+    sent = [sum(caller.sent for caller in callers), sum(model.sent for model in models)]
+    ears = [[model.ear for model in models], [caller.ear for caller in callers]]
+    counts = [sum((ear.counts for ear in way), Counter[str]()) for way in ears]
+    for way, all_of_it in zip(counts, sent, strict=True):
+        way["lost"] = all_of_it - way["arrived"]  # the last ones, too, which leave no gap
+    row("frames of 20 ms", *(f"{number:,}" for number in sent))
+    for name in ("lost", "repeated", "of another call", "bytes changed"):
+        row(name, *(f"{way[name]:,}" for way in counts))
+        wrong += [f"{way[name]:,} {name}" for way in counts if way[name]]
+    delays = [sum((ear.delays for ear in way), Counter[int]()) for way in ears]
+    for name, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0)):
+        row(f"relay delay {name}", *(f"{percentile(way, part):.2f} ms" for way in delays))
+
+
+async def play(load: Load, calls: int, seconds: float, wrong: list[str], pid: int = 0) -> None:
+    """So many calls for so long, from the first webhook to the last close; and the table."""
+    _, idle_mb = used(pid)
+    talking: list[asyncio.Task[None]] = []
+    for _ in range(calls):
+        talking.append(asyncio.create_task(LoadCaller(load).talks()))
+        await asyncio.sleep(0.02)
+    pairs = list(zip(load.callers, talking, strict=True))
+    await until(lambda: all(caller.stream_at or task.done() for caller, task in pairs), 60, "all calls to begin")
+    load.late.clear()
+    load.since_ns, began, ours_s, (before_ms, _) = time.monotonic_ns(), time.monotonic(), time.process_time(), used(pid)
+    while (passed := time.monotonic() - began) < seconds and (up := sum(not task.done() for task in talking)):
+        frames = sum(caller.sent for caller in load.callers)
+        lost = sum(end.ear.counts["lost"] for end in itertools.chain[LoadCaller | LoadModel](load.callers, load.models))
+        text = f"{passed:3.0f} s of {seconds:g}: {up} calls, {frames:,} frames sent"
+        text += "" if load.real else f", {lost} lost"
+        print(f"\r{text}" if ON_TERMINAL else f"{text}\n", end="", flush=True)
+        await asyncio.sleep(min(1 if ON_TERMINAL else 5, seconds - passed))
+    ours_s, (after_ms, mb), load.over = (time.process_time() - ours_s) / passed, used(pid), True
+    for number, end in enumerate(await asyncio.gather(*talking, return_exceptions=True), 1):
+        wrong += [f"call {number}: {end or type(end).__name__}"] * bool(end)
+    await asyncio.sleep(0.3)  # what is under way arrives
+
+    print("\r\033[K" * ON_TERMINAL, end="")
+    callers = [caller for caller in load.callers if caller.stream_at]
+    if not callers:
+        return
+    print(f"{len(callers)} call{'s' * (len(callers) > 1)} for {passed:.0f} s")
+    if load.real:
+        table_of_callers(callers)
+    else:
+        table_of_both_sides(callers, load.models, wrong)
+    cpu_ms = (after_ms - before_ms) / passed / calls
+    if math.isnan(cpu_ms + mb):
+        row("CPU, memory", "not measured")
+    else:
+        row("CPU per call", f"{cpu_ms:.2f} ms a second", f"{cpu_ms / 10:.2f} % of a core")
+        row("a full core takes", f"{1000 / cpu_ms:.0f} calls")
+        row("a shared-cpu-1x", f"{BASELINE_MS / cpu_ms:.0f} calls", f"at {BASELINE_MS} ms a second")
+        row("memory", f"{mb:.1f} MB in all", f"{(mb - idle_mb) / calls:.2f} MB per call")
+    late_ms = percentile(load.late, 0.99)
+    row("this harness", f"{ours_s:.0%} of a core", f"{late_ms:.2f} ms late (p99)")
+    if late_ms > 10:
+        print("  This computer was too busy to keep time: the delays are the harness's, more than the bridge's.")
+
+    endings = []
+    for caller in callers:
+        endings.append(asyncio.create_task(caller.hangs_up()))
+        await asyncio.sleep(0.005)
+    await asyncio.gather(*endings, return_exceptions=True)
+    await asyncio.sleep(0.5)
+    if still_open := sum(not model.session.socket.close_code for model in load.models):
+        wrong.append(f"{still_open} of the model's sessions are open 0.5 s after the hang-up")
+    wrong += {fault for caller in callers for fault in caller.faults}
+    wrong += ["a caller heard nothing: is there a greeting, and a model?"] * any(not c.sound_at for c in callers)
+    wrong += ["speech came without marks"] * any(caller.sound_at and not caller.marks_asked for caller in callers)
+    wrong += {f"OpenAI would refuse: {error}" for model in load.models for error in model.session.errors}
+
+
+async def run(calls: int, seconds: float, url: str, log: Path) -> int:
+    wrong: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: wrong.append(str(fault.get("exception", fault))))
+    right = "nothing was lost" if calls else "all of it was right"
+    try:
+        if url:
+            right = "all callers were answered and heard something"
+            print("The callers are pretended, the model is the bridge's own: if that is OpenAI's, this costs money.")
+            await play(Load(url, real=True), calls or 1, seconds, wrong)
+        else:
+            env = {"OPENAI_API_KEY": "pretend", "MAX_CALLS": str(calls or 1)}
+            env |= {name: value for name, value in os.environ.items() if name == "HOOKS"}
+            async with a_process(log, HERE, **env) as process:
+                try:
+                    if calls:
+                        load = Load(f"http://127.0.0.1:{process.port}")
+                        process.openai.on_dial = lambda session: LoadModel(load, session).run()
+                        await play(load, calls, seconds, wrong, process.process.pid)
+                    else:
+                        await watch(process, seconds, wrong)
+                finally:
+                    if died := process.process.returncode is not None:
+                        wrong.append(f"bridge.py ended by itself, with exit status {process.process.returncode}")
+                if not died:
+                    process.process.send_signal(signal.SIGTERM)
+                    if status := await process.exits():
+                        wrong.append(f"bridge.py ended with exit status {status}")
+    except (AssertionError, ConnectionClosed, InvalidStatus, OSError) as fault:
+        wrong.append(str(fault) or f"{type(fault).__name__}: bridge.py did not end, or something else not in time")
+    said = log.read_text(errors="replace").splitlines() if log.exists() else []
+    if any(re.search(r"^ERROR|^Traceback|\"level\": ?\"ERROR\"", line) for line in said):
+        wrong.append("bridge.py logged an error")
+    if wrong and said:
+        notable = [line for line in said if not re.search(r"^INFO|\"level\": ?\"INFO\"|\"event\":", line)]
+        print("\nWhat bridge.py said:", *(notable or said)[-10:], sep="\n    ")
+    print()
+    for wrong_thing in wrong[:10]:
+        print(paint("31", f"wrong: {wrong_thing:.200}"))
+    print(paint("31", f"{len(wrong)} wrong in all") if wrong else paint("32", right))
+    return 1 if wrong else 0
+
+
+def main() -> int:
+    global LIMIT_S
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="""\
+Telephone through bridge.py, in real time, with a pretend Twilio and a pretend OpenAI.
+
+  python test_bridge.py                     one call to watch: its lines, their latency, a barge-in, the end
+  python test_bridge.py --calls 50          many at once: what is lost, the delay that the bridge adds, CPU, memory
+  python test_bridge.py --url https://…     callers only, to a bridge that is deployed, with the model that it has""",
+        epilog="""\
+Exit status: 0 if all was right, 1 if something was wrong, 2 for arguments that make no sense, 130 after Ctrl-C.
+HOOKS chooses the hooks, as for bridge.py. With --url, calls are signed with TWILIO_AUTH_TOKEN, as Twilio signs them;
+the callers are silent, so that the model says its greeting only. A bridge at http://127.0.0.1:… goes by the name in
+PUBLIC_BASE_URL if that is set here and there.""",
+    )
+    parser.add_argument("--calls", type=int, metavar="N", help="so many at once, 1 to 300")
+    parser.add_argument("--seconds", type=float, metavar="S", default=20, help="for so long (20)")
+    parser.add_argument("--url", default="", help="of a deployed bridge; one call, unless --calls says more")
+    asked = parser.parse_args()
+    url = asked.url.rstrip("/")
+    low = 2 if asked.calls or url else 8
+    if asked.calls is not None and not 1 <= asked.calls <= 300:  # this harness has one core, too
+        parser.error(f"--calls is {asked.calls}: give a number from 1 to 300")
+    if not low <= asked.seconds <= 3000:
+        parser.error(f"--seconds is {asked.seconds:g}: give a number from {low} to 3000")
+    if url and not re.fullmatch(r"https://[^/?#@\s]+(/[^?#\s]*)?|http://(127\.0\.0\.1|localhost)(:\d+)?", url):
+        parser.error(f"--url is {url!r}: give an address such as https://my-app.fly.dev, or http://127.0.0.1:8080")
+    if url.startswith("https:") and not os.environ.get("TWILIO_AUTH_TOKEN"):
+        parser.error("--url needs TWILIO_AUTH_TOKEN in the environment, the bridge's own: unsigned calls are refused")
+    LIMIT_S = asked.seconds + 120
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the bridge is ended as after Ctrl-C
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return asyncio.run(run(asked.calls or 0, asked.seconds, url, Path(folder, "log")))
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("--seconds 8", (bridge.Settings().greeting, "barge-in", "all of it was right")),
+        ("--calls 3 --seconds 2", ("3 calls for 2 s", "relay delay p99", "nothing was lost")),
+    ],
+)
+def test_a_call_can_be_watched_and_many_can_be_measured(arguments: str, shown: tuple[str, ...]) -> None:
+    command = [sys.executable, str(HERE / "test_bridge.py"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 0 and all(text in done.stdout for text in shown), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--calls 0", "--calls x", "--seconds 1", "--url http://example.com"])
+def test_arguments_that_make_no_sense_are_refused_with_a_line_that_says_why(
+    arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["test_bridge.py", *arguments.split()])
+    with pytest.raises(SystemExit) as exit_status:
+        main()
+    assert exit_status.value.code == 2 and arguments.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
