@@ -34,6 +34,7 @@ OpenAI's events:   https://platform.openai.com/docs/api-reference/realtime
 from __future__ import annotations
 
 import asyncio
+import asyncio.sslproto
 import base64
 import functools
 import hmac
@@ -497,6 +498,8 @@ class Bridge:
         self.openai_headers = {"Authorization": f"Bearer {settings.openai_api_key}"} if settings.openai_api_key else {}
         # One for all calls: it holds the certificates of the world's authorities.
         self.tls = ssl.create_default_context() if address.scheme == "wss" else None
+        # asyncio sets 256 KiB aside for each TLS connection; 32 KiB are 3 s of speech, and a third of the memory.
+        asyncio.sslproto.SSLProtocol.max_size = 32 << 10
 
     def answer(self, connection: ServerConnection, request: Request) -> Any:
         """Every HTTP request comes here (websockets' process_request). None lets the stream's upgrade go on."""

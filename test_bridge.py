@@ -3012,6 +3012,8 @@ def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
     assert service["concurrency"]["type"] == "connections" and service["checks"][0]["path"] == "/health"
     last_words_s = bridge.MAX_GOODBYE_S / 4 + bridge.GOODBYE_SLACK_S + 2
     assert fly["kill_signal"] == "SIGTERM" and fly["kill_timeout"] >= bridge.Settings().drain_seconds + last_words_s
+    limits = service["concurrency"]
+    assert limits["soft_limit"] < int(fly["env"]["MAX_CALLS"]) < limits["hard_limit"], "webhooks need room, too"
     assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
 
 
