@@ -3046,6 +3046,22 @@ def test_the_readmes_table_of_events_is_that_of_the_host_and_each_is_emitted() -
     assert [name for name in listed if f'emit("{name}"' not in source] == []
 
 
+async def test_the_readmes_smallest_hook_and_tool_do_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook, tool = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "hello.py").write_text(hook)
+    (tmp_path / "orders.py").write_text(tool)
+    bridge.load_hooks("")
+    host = sys.modules["bridge_hooks"].load(tmp_path, None)
+    assert host.tools[0]["parameters"]["properties"]["number"]["description"].startswith("as printed")
+    assert await host.run_tool(None, "look_up_order", '{"number":"A-1001"}') == "shipped"
+    async with a_call() as (_, _, line):
+        host.emit("caller_said", line.hooks.calls[0], 0.0, {"text": "もしもし"})
+        host.close(2)
+    assert capsys.readouterr().out == f"{CALLER} said もしもし\n"
+
+
 def test_the_readme_has_a_line_on_each_hook_file() -> None:
     readme = (HERE / "README.md").read_text()
     files = [path.name for path in sorted((HERE / "hooks").glob("[!_]*.py"))]
