@@ -607,11 +607,13 @@ class Bridge:
             return "it comes from another computer"
         if forwarded := [name for name in request.headers if FORWARDING.fullmatch(name)]:
             return f"it came through a proxy or tunnel ({forwarded[0]})"
-        # A page of another site's can make a browser here send requests: under a name of its own that was made to point
-        # here (DNS rebinding; a page's own GET brings no Origin, so its Host is looked at), or from where it is.
+        # A page of another site can make a browser here send requests: from where it is, or under a name of its own
+        # that was made to point here (DNS rebinding). Browsers send an Origin, but for a page's own GET: there the Host
+        # tells.
         origin = re.sub(r"^\w+://|:\d*$", "", header(request, "Origin"))
         host = re.sub(r":\d*$", "", header(request, "Host"))
-        if (origin and not is_loopback(origin)) or ("." in host and not is_loopback(host)):
+        own_get = request.method == "GET" and "." in host
+        if (origin and not is_loopback(origin)) or (own_get and not is_loopback(host)):
             return f"its Host or Origin is not this computer ({(origin or host)[:100]})"
         return "a page of another site sent it" if header(request, "Sec-Fetch-Site") == "cross-site" else ""
 
