@@ -67,12 +67,14 @@ def load(folder: Path, names: str | None) -> Host:
     Raises ValueError for a name that is not there. A file that does not import is logged and left out.
     """
     there = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    chosen = there if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    named = [name.strip() for name in (names or "").split(",") if name.strip()]
+    # Unless some are named, all: log.py first, for it shapes what the others log while they load.
+    chosen = sorted(there, key="log".__ne__) if names is None else named
     for name in chosen:
         if name not in there:
             raise ValueError(f"HOOKS names {name!r}, but there is no hooks/{name}.py: choose from {', '.join(there)}")
     host = Host()
-    for name in sorted(dict.fromkeys(chosen), key="log".__ne__):  # log.py first: it shapes what the others log
+    for name in dict.fromkeys(chosen):
         host.add(name, folder / f"{name}.py")
     log.info("hooks: %s; tools: %s", ", ".join(host.files) or "none", ", ".join(host.functions) or "none")
     return host

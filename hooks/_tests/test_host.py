@@ -70,10 +70,10 @@ async def test_every_file_is_loaded_but_those_whose_name_begins_with_an_undersco
     assert await who_answers(host) == ["a", "b"]
 
 
-async def test_hooks_names_the_files_and_their_order_but_log_comes_first(load: LoadFiles) -> None:
+async def test_hooks_names_the_files_and_their_order(load: LoadFiles) -> None:
     files = dict.fromkeys("abcd", SAYS_ITS_NAME) | {"log": SAYS_ITS_NAME}
     host = load(" c , a,log,,b", **files)
-    assert list(host.files) == ["log", "c", "a", "b"]
+    assert list(host.files) == ["c", "a", "log", "b"]
     assert await who_answers(host) == ["a", "b", "c", "log"]
 
 
