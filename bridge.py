@@ -39,6 +39,7 @@ import base64
 import functools
 import hmac
 import importlib.util
+import io
 import ipaddress
 import json
 import logging
@@ -125,7 +126,8 @@ def read_settings(env: Mapping[str, str]) -> Settings:
             try:
                 number = int(value) if setting.type == "int" else float(value)
             except ValueError:
-                raise ValueError(f"{name} is {value!r}, which is not a number: give one from {low} to {high}") from None
+                kind = "whole number" if setting.type == "int" else "number"
+                raise ValueError(f"{name} is {value!r}, which is no {kind}: give one from {low} to {high}") from None
             if not low <= number <= high:
                 raise ValueError(f"{name} is {value!r}, out of range: give a number from {low} to {high}")
             chosen[setting.name] = number
@@ -188,7 +190,7 @@ def session_update(settings: Settings, tools: list[dict[str, Any]]) -> dict[str,
         "audio": {
             "input": {
                 "format": pcmu,
-                # The documented default of silence_duration_ms and the observed one differ: say all of it.
+                # Documented and observed defaults differ (silence_duration_ms: 500, 200), so all are written out.
                 "turn_detection": {
                     "type": "server_vad",
                     "threshold": 0.5,
@@ -253,21 +255,22 @@ class Leg(Connection):
         data, self.cut_off = self.cut_off + data, b""
         at, end = 0, len(data)
         while self.cutting and end - at >= 2:
-            head, length, text = data[at], data[at + 1] & 127, at + 2
+            head, length, text_at = data[at], data[at + 1] & 127, at + 2
             if length == 126:
                 if end - at < 4:
                     break
-                length, text = data[at + 2] << 8 | data[at + 3], at + 4
+                length, text_at = data[at + 2] << 8 | data[at + 3], at + 4
             if masked := data[at + 1] & 128:
-                text += 4
-            stop = text + length
+                text_at += 4
+            stop = text_at + length
             if length == 127 or (masked == 0) is not self.masks_ours or self.state is not State.OPEN:
                 self.cutting = False  # a long frame, a wrong one, or the end: from here on the plain way
             elif stop > end:
                 break
             else:
                 if head == 0x81:
-                    self.take(apply_mask(data[text:stop], data[text - 4 : text]) if masked else data[text:stop])
+                    text = data[text_at:stop]
+                    self.take(apply_mask(text, data[text_at - 4 : text_at]) if masked else text)
                 else:
                     super().data_received(data[at:stop])
                 at = stop
@@ -318,7 +321,7 @@ class Leg(Connection):
             log.error("%s has stopped reading: %d bytes unsent; its side is ended", self.side, MAX_UNSENT[self.side])
             self.transport.abort()
 
-    async def hang_up(self, code: int = 1000) -> None:
+    async def close_soon(self, code: int = 1000) -> None:
         """Close politely; a peer that does not answer within a second is cut off."""
         try:
             async with asyncio.timeout(1):
@@ -352,7 +355,7 @@ class TwilioLeg(Leg, ServerConnection):
     form_body = b""
     refusal: tuple[int, str] | None = None
     continued = False  # "100 Continue" has been sent
-    late: asyncio.TimerHandle | None = None
+    deadline: asyncio.TimerHandle | None = None
 
     @property
     def peer(self) -> str:
@@ -363,8 +366,8 @@ class TwilioLeg(Leg, ServerConnection):
         if self.unread is None:
             super().data_received(data)
             return
-        if self.late is None:
-            self.late = self.loop.call_later(
+        if self.deadline is None:
+            self.deadline = self.loop.call_later(
                 FORM_TIMEOUT_S, self.hand_on, b"", (408, "the request did not come to its end")
             )
         self.unread += data
@@ -407,13 +410,13 @@ class TwilioLeg(Leg, ServerConnection):
     def hand_on(self, request: bytes, refusal: tuple[int, str] | None = None) -> None:
         """Give websockets the request; one that it could not parse is replaced, and refused by process_request."""
         self.refusal, self.unread = refusal, None
-        if self.late is not None:
-            self.late.cancel()
+        if self.deadline is not None:
+            self.deadline.cancel()
         super().data_received(b"GET / HTTP/1.1\r\n\r\n" if refusal else request)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.late is not None:
-            self.late.cancel()
+        if self.deadline is not None:
+            self.deadline.cancel()
         super().connection_lost(exc)
 
 
@@ -425,7 +428,7 @@ class TwilioLeg(Leg, ServerConnection):
 
 TOKEN_S = 60  # Twilio opens the stream 0.5 to 1 s after the webhook
 START_TIMEOUT_S = 5.0  # a stream without a valid `start` by then is closed
-REST_ABOVE_CALLS, REST_S = 100, 0.0005  # below, frames are too rare for a look to find several
+BATCH_ABOVE_CALLS, BATCH_S = 100, 0.0005  # below, frames are too rare for a look to find several
 REMEMBERED = 10_000  # tokens that were used, and calls whose /twilio/next may still come
 ROUTES = {  # path -> methods
     "/": "GET, HEAD",
@@ -478,7 +481,7 @@ class Form(dict[str, list[str]]):
 
 
 class Bridge:
-    """What the calls of this process share: the settings, the hooks, and each other's number."""
+    """What the calls of this process share: the settings, the hooks, and how many they are."""
 
     def __init__(self, settings: Settings, hooks: Any) -> None:
         self.settings = settings
@@ -489,7 +492,7 @@ class Bridge:
         self.used_tokens: dict[str, None] = {}
         self.draining = False
         self.peak_calls = self.frames_from_callers = self.late_frames = self.pieces_to_callers = 0  # see `health`
-        self.loop_delays_ms: deque[float] = deque(maxlen=600)  # of the last minute; see `feel_pulse`
+        self.loop_delays_ms: deque[float] = deque(maxlen=600)  # of the last minute; see `measure_loop_delay`
         self.secret = (settings.twilio_auth_token or secrets.token_hex()).encode()  # the same on each machine
         address = urlsplit(settings.openai_realtime_url)
         self.model = dict(parse_qsl(address.query)).get("model", settings.openai_realtime_model)
@@ -529,7 +532,7 @@ class Bridge:
         if path == "/health":
             return self.reply(connection, json.dumps(self.health()), "application/json", 503 if self.draining else 200)
         if not path.startswith("/twilio/"):
-            if page is not None and not self.why_not_here(connection, request):
+            if page is not None and not self.why_not_local(connection, request):
                 return page(connection, request)
             return connection.respond(
                 200 if path == "/" else 403, "This is a telephone; its pages are for its owner.\n"
@@ -561,21 +564,21 @@ class Bridge:
             "loop_delay_p99_ms": round(delays_ms[len(delays_ms) * 99 // 100], 1) if delays_ms else None,
         }
 
-    async def feel_pulse(self) -> None:
+    async def measure_loop_delay(self) -> None:
         """Ten times a second, how late this loop is: the first sign that there are more calls than it can carry."""
         while True:
             due = time.monotonic() + 0.1
             await asyncio.sleep(0.1)
             self.loop_delays_ms.append((time.monotonic() - due) * 1000)
 
-    async def rest(self) -> None:
+    async def batch_reads(self) -> None:
         """With many calls, look at the sockets every half millisecond only: then one look finds several frames.
 
         At 200 calls that saves a fifth of the CPU, and makes a frame some 2 ms later; hooks' threads run meanwhile.
         """
         while True:
-            if len(self.calls) > REST_ABOVE_CALLS:
-                time.sleep(REST_S)  # noqa: ASYNC251 - it is the loop itself that is to rest
+            if len(self.calls) > BATCH_ABOVE_CALLS:
+                time.sleep(BATCH_S)  # noqa: ASYNC251 - it is the loop itself that is to rest
                 await asyncio.sleep(0)
             else:
                 await asyncio.sleep(0.1)
@@ -601,7 +604,7 @@ class Bridge:
         """Where Twilio reaches this server: from configuration, for what a proxy puts into headers proves nothing."""
         return self.settings.public_base_url or f"https://{header(request, 'Host')}"
 
-    def why_not_here(self, connection: TwilioLeg, request: Request) -> str:
+    def why_not_local(self, connection: TwilioLeg, request: Request) -> str:
         """Why a request does not come from this computer itself; "" when it does."""
         if not is_loopback(connection.peer):
             return "it comes from another computer"
@@ -619,7 +622,7 @@ class Bridge:
 
     def why_refused(self, connection: TwilioLeg, request: Request, form: Form) -> str:
         """Why a request to /twilio/* is not let in; "" when it is."""
-        origin, elsewhere = header(request, "Origin"), self.why_not_here(connection, request)
+        origin, elsewhere = header(request, "Origin"), self.why_not_local(connection, request)
         if origin and origin.partition("://")[2] != header(request, "Host"):
             return f"a page of another site sent it ({origin[:100]})"
         if not self.settings.twilio_auth_token:
@@ -660,7 +663,7 @@ class Bridge:
         """TwiML for a new call: open the stream, and afterwards ask /twilio/next. The model is dialled now."""
         sid = form.first("CallSid")
         call = self.calls.get(sid)  # Twilio may deliver a webhook twice
-        if call is None and (refusal := self.no_room()):
+        if call is None and (refusal := self.refusal_if_full()):
             return refusal
         if call is None and sid:
             call = self.begin(sid, form.first("From"), form.first("To"))
@@ -668,7 +671,7 @@ class Bridge:
         machine = self.settings.fly_machine_id
         stream = "wss://" + base.partition("://")[2] + "/twilio/stream" + (machine and f"/{machine}")
         after = f"{base}/twilio/next" + (machine and f"?machine={machine}")
-        parameters = {"token": token, "from": form.first("From"), "to": form.first("To")}  # a query would not survive
+        parameters = {"token": token, "from": form.first("From"), "to": form.first("To")}  # Twilio drops a query
         return twiml(
             f"<Connect><Stream url={quoteattr(stream)}>",
             *(f"<Parameter name={quoteattr(name)} value={quoteattr(value)}/>" for name, value in parameters.items()),
@@ -680,13 +683,13 @@ class Bridge:
         self.not_yet_asked.discard(form.first("CallSid"))
         return self.next_twiml.get(form.first("CallSid"), HANG_UP)
 
-    def no_room(self) -> str:
+    def refusal_if_full(self) -> str:
         """What a further caller hears instead; "" when there is room."""
         if self.draining:
             return say_and_hang_up(RESTARTING)
         if len(self.calls) < self.settings.max_calls:
             return ""
-        log.warning("busy: %d calls, and MAX_CALLS is %d", len(self.calls), self.settings.max_calls)
+        log.warning("full: %d calls, and MAX_CALLS is %d", len(self.calls), self.settings.max_calls)
         return say_and_hang_up(BUSY)
 
     def new_token(self, sid: str) -> str:
@@ -695,7 +698,7 @@ class Bridge:
     def token(self, sid: str, expiry: int) -> str:
         return f"{expiry}." + hmac.digest(self.secret, f"stream {sid} {expiry}".encode(), "sha256").hex()
 
-    def token_is_good(self, token: str, sid: str) -> bool:
+    def use_token(self, token: str, sid: str) -> bool:
         """Made by this bridge (or another machine of it) for this CallSid, not expired, and not used before."""
         expiry = re.match(r"(\d{1,12})\.", token)
         if not expiry or token in self.used_tokens or int(expiry[1]) < time.time():
@@ -725,7 +728,7 @@ class Bridge:
             if not started.done():
                 log.warning("a stream from %s was closed: it sent no start in %g s", twilio.peer, START_TIMEOUT_S)
             started.cancel()
-            await twilio.hang_up(1008)
+            await twilio.close_soon(1008)
         closed.cancel()
 
     def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Any], message: bytes) -> None:
@@ -736,13 +739,13 @@ class Bridge:
         sid, stream_sid = event["start"]["callSid"], event["start"]["streamSid"]
         given = event["start"].get("customParameters") or {}
         call = self.calls.get(sid)
-        if not self.token_is_good(str(given.get("token")), sid) or (call and call.stream_sid):
+        if not self.use_token(str(given.get("token")), sid) or (call and call.stream_sid):
             log.warning("a stream was refused: it brought no valid token for call %.40s", sid)
             return started.set_result(None)
-        if call is None and (refusal := self.no_room()):
+        if call is None and (refusal := self.refusal_if_full()):
             self.ended_by_us(sid, refusal)
             return started.set_result(None)
-        if call is None:  # another machine answered the webhook: the model is dialled from here
+        if call is None:  # another machine answered the webhook, or the model was lost already: dial from here
             call = self.begin(sid, given.get("from", ""), given.get("to", ""))
         started.set_result(call)
         call.open_stream(twilio, stream_sid)
@@ -784,9 +787,9 @@ HISTORY = 200  # texts that a new session is told
 HELD_MS = 30_000.0  # so much is kept while no session is ready
 PREROLL_MS = 1000.0  # … and else so much, for a session after this one
 HOLE_MS = 40.0  # timestamps that are off by less are jitter
-RESYNC_MS = 60_000.0  # no silence that was filled in is that long
+RESYNC_MS = 60_000.0  # a timestamp this far back: Twilio's clock has begun anew
 LATE_S = 0.1  # a frame that comes so long after the one before it is late: frames come every 20 ms
-NO_FRAMES_S = 0.75  # network jitter is shorter; longer than the pause that ends a turn
+NO_FRAMES_S = 0.75  # network jitter is shorter
 # The form of Twilio's media messages; one of another form is parsed as JSON.
 MEDIA = re.compile(rb'\{"event":"media",[^{]*"media":\{[^}]*?"timestamp":"(\d+)","payload":"([A-Za-z0-9+/=]+)"')
 
@@ -856,8 +859,8 @@ class Call:
         self.life: asyncio.Task[None] | None = None  # the task of `live`
         self.over: asyncio.Future[str] = self.loop.create_future()  # the reason, once the call is to end
         self.tasks: set[asyncio.Task[Any]] = set()  # whatever runs for this call, and ends with it
-        # Whatever is to happen later, and not after the end.
-        self.timers = {"unclaimed": self.loop.call_later(UNCLAIMED_S, self.end, "no stream came")}
+        self.timers: dict[str, asyncio.TimerHandle] = {}  # whatever is to happen later, and not after the end
+        self.later("unclaimed", UNCLAIMED_S, self.end, "no stream came")
 
         self.twilio: TwilioLeg | None = None  # None until the stream opens
         self.stream_sid = ""  # "MZ…"; every message to Twilio carries it
@@ -866,7 +869,7 @@ class Call:
 
         self.openai: OpenAILeg | None = None  # None while dialling
         self.session = 0  # number of sessions dialled
-        # OpenAI's on our session.update: "" when it is granted, else why it is refused.
+        # OpenAI's answer to our session.update: "" when it is granted, else why it is refused.
         self.verdict: asyncio.Future[str] | None = None
         self.ready = False  # … and audio may flow
         self.transcribe = True  # False once OpenAI has refused that part of the session
@@ -876,7 +879,7 @@ class Call:
 
         self.ears: deque[bytes] = deque()  # the caller's audio (base64) that a new session would need; see section 6
         self.ears_ms = 0.0  # its length
-        self.turn_ms = 0.0  # how much of it, from the left, is a turn that the conversation has only as sound
+        self.turn_ms = 0.0  # length of its beginning that is a finished turn whose words have not come yet
         self.ears_dropped_ms = 0.0  # what never reached the model because no session was ready for 30 s
         self.call_ms = -1.0  # time of the call up to which the model has been given audio, by Twilio's timestamps
         self.frame_at = 0.0  # when the last frame came (loop time, s)
@@ -894,6 +897,7 @@ class Call:
         self.asking = b""  # the response.create that OpenAI has not yet confirmed
         self.wanted = b""  # the response.create to send as soon as it may be
         self.asked = CREATE_RESPONSE  # what began the response in progress: asked again if it fails
+        self.answer_comes = False  # OpenAI is about to answer the caller's turn by itself
         self.answer_due = False  # the caller has finished a turn that has not been answered
         self.spoke = False  # the response in progress has sounded
         self.greeted = not bridge.settings.greeting
@@ -909,14 +913,14 @@ class Call:
         else:
             self.early_events.append((event, at, facts))
 
-    def note(self, level: int, text: str, *values: Any) -> None:
+    def log(self, level: int, text: str, *values: Any) -> None:
         log.log(level, "%s " + text, self.sid, *values)
 
     async def live(self) -> None:
         """The call from the webhook to the last close; either side's end, or `end`, is the other's end."""
         dialling = self.loop.create_task(self.keep_session())
         limit_s, goodbye = self.bridge.settings.max_call_seconds, say_and_hang_up(TIME_IS_UP)
-        self.timers["limit"] = self.loop.call_later(limit_s, self.end_when_heard, "time limit", goodbye)
+        self.later("limit", limit_s, self.end_when_heard, "time limit", goodbye)
         try:
             reason = await self.over
         finally:
@@ -930,7 +934,7 @@ class Call:
             running = [dialling, *self.tasks]
             for task in running:
                 task.cancel()
-            await asyncio.gather(*(leg.hang_up() for leg in legs), *running, return_exceptions=True)
+            await asyncio.gather(*(leg.close_soon() for leg in legs), *running, return_exceptions=True)
             del self.bridge.calls[self.sid]
         for item in list(self.items.values()):  # what was still being said
             item.complete = True
@@ -938,17 +942,17 @@ class Call:
                 item.heard_ms = max(0, heard - item.begins) // 8
             self.settle(item)
         if self.ears_dropped_ms:
-            self.note(logging.WARNING, "%.0f ms of the caller's audio never reached the model", self.ears_dropped_ms)
+            self.log(logging.WARNING, "%.0f ms of the caller's audio never reached the model", self.ears_dropped_ms)
         if self.stream_sid:
             self.emit("call_ended", reason=reason)
         else:
-            self.note(logging.WARNING, "ended before its stream was open: %s", reason)
+            self.log(logging.WARNING, "ended before its stream was open: %s", reason)
 
     def open_stream(self, twilio: TwilioLeg, stream_sid: str) -> None:
         """Twilio's `start`: the caller is there. What the model has said until now goes out."""
         self.twilio, self.stream_sid = twilio, stream_sid
         self.frame_at = self.loop.time()
-        self.timers.pop("unclaimed").cancel()
+        self.never_mind("unclaimed")
         twilio.deliver_to(self.from_twilio)
         self.emit("call_started")
         for event, at, facts in self.early_events:
@@ -957,6 +961,15 @@ class Call:
         for message in early_speech:
             self.from_openai(message)
         self.end_if_heard()
+
+    def later(self, name: str, delay_s: float, act: Callable[..., object], *arguments: Any) -> None:
+        """Do something later, unless the call is over by then. A timer replaces an earlier one of its name."""
+        self.never_mind(name)
+        self.timers[name] = self.loop.call_later(delay_s, act, *arguments)
+
+    def never_mind(self, name: str) -> None:
+        if timer := self.timers.pop(name, None):
+            timer.cancel()
 
     def start_task(self, work: Coroutine[Any, Any, None]) -> None:
         def done(task: asyncio.Task[None]) -> None:
@@ -989,7 +1002,7 @@ class Call:
                 return self.give_up(f"the dial failed ({fault!r})")
             await openai.wait_closed()
             if self.ending and self.ending.reason == MODEL_LOST:
-                return None  # we closed it
+                return None  # it was given up already
             why = f"the session was lost ({openai.close_code} {openai.close_reason or ''})".replace(" )", ")")
             if is_final(openai.close_code):
                 return self.give_up(why)
@@ -997,6 +1010,7 @@ class Call:
                 return self.give_up(f"{why}, and the one before it {LOST_AGAIN_S:g} s ago or less")
             lost_at = self.loop.time()
             self.session_lost()
+            self.openai, self.early_speech = None, []  # what was not heard was not said
             self.emit("model_failed", error=f"{why}: dialling again")
 
     async def get_session(self) -> OpenAILeg:
@@ -1019,8 +1033,9 @@ class Call:
             except (OSError, InvalidHandshake) as fault:
                 status = fault.response.status_code if isinstance(fault, InvalidStatus) else 0
                 if 400 <= status < 500 and status not in (408, 425, 429):
-                    raise Refused(f"OpenAI answered HTTP {status} to the dial") from None
-                self.note(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
+                    hint = ": is OPENAI_API_KEY right?" if status in (401, 403) else ""
+                    raise Refused(f"OpenAI answered HTTP {status} to the dial{hint}") from None
+                self.log(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
             else:
                 assert isinstance(openai, OpenAILeg)
                 closed = asyncio.ensure_future(openai.wait_closed())
@@ -1034,12 +1049,12 @@ class Call:
                     closed.cancel()
                 if verdict.done() and not verdict.result():
                     return openai
-                await openai.hang_up()
+                await openai.close_soon()
                 if verdict.done():
                     raise Refused(verdict.result())
                 if is_final(openai.close_code):
                     raise Refused(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
-                self.note(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
+                self.log(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
             await asyncio.sleep(DIAL_PAUSE_S)
 
     def update_session(self) -> None:
@@ -1089,11 +1104,9 @@ class Call:
     def session_lost(self) -> None:
         """Keep what the next session needs: the texts, and the caller's audio that was not answered (`ears`)."""
         self.ready = False
-        self.openai = None
         self.answer_due = self.answer_due or bool(self.response_id or self.asking)
         self.caller_was_speaking, self.caller_speaking = self.caller_speaking, False
-        self.response_id, self.asking, self.function_calls = "", b"", []
-        self.early_speech = []  # not heard, so not said
+        self.response_id, self.asking, self.answer_comes, self.function_calls = "", b"", False, []
         for item in list(self.items.values()):  # what Twilio has of them is still played
             item.complete = True
             self.history[item.id] = ("assistant", item.text)
@@ -1101,17 +1114,14 @@ class Call:
 
     def give_up(self, why: str) -> None:
         """The model cannot be had. What it has said is heard out; then the caller hears an apology, not silence."""
-        self.note(logging.ERROR, "%s: the caller hears an apology", why)
+        self.log(logging.ERROR, "%s: the caller hears an apology", why)
         self.emit("model_failed", error=f"{why}: the caller hears an apology")
-        openai, early_speech = self.openai, self.early_speech
         self.session_lost()
-        self.wanted, self.early_speech = b"", early_speech
-        if openai is not None:
-            openai.deliver_to(lambda event: None)
-            self.openai = openai  # `live` closes it
-        for timer in ("retry", "holes"):
-            if timer in self.timers:
-                self.timers.pop(timer).cancel()
+        self.wanted = b""
+        if self.openai is not None:
+            self.openai.deliver_to(lambda event: None)  # `live` closes it
+        self.never_mind("retry")
+        self.never_mind("holes")
         for task in self.tasks:  # tools: nobody will hear of them
             task.cancel()
         self.end_when_heard(MODEL_LOST, say_and_hang_up(APOLOGY), can_be_called_off=False)
@@ -1149,7 +1159,7 @@ class Call:
             case "connected" | "start":
                 pass  # came before: see Bridge.start_stream
             case unknown:
-                self.note(logging.INFO, "Twilio sent an event that is not known here: %.60r", unknown)
+                self.log(logging.INFO, "Twilio sent an event that is not known here: %.60r", unknown)
         return None
 
     def hear(self, payload: bytes, timestamp_ms: int) -> None:
@@ -1172,11 +1182,11 @@ class Call:
     def hear_silence(self, missing_ms: float) -> None:
         """Fill a hole. A longer one than HELD_MS is cut: no sentence hangs on it any more."""
         missing_ms = min(missing_ms, HELD_MS)
-        self.note(logging.INFO, "%.0f ms of the caller's audio are missing: filled with silence", missing_ms)
+        self.log(logging.INFO, "%.0f ms of the caller's audio are missing: filled with silence", missing_ms)
         while missing_ms > 0:
-            ms = min(missing_ms, 1000)
-            self.take_in(base64.b64encode(b"\xff" * int(ms * 8)), ms)
-            missing_ms -= ms
+            silence = b"\xff" * math.ceil(min(missing_ms, 1000) * 8)
+            self.take_in(base64.b64encode(silence), len(silence) / 8)
+            missing_ms -= len(silence) / 8
 
     def take_in(self, payload: bytes, ms: float) -> None:
         self.ears.append(payload)
@@ -1199,7 +1209,7 @@ class Call:
 
     def forget_turn(self) -> None:
         """The caller's last turn is known in words, or answered: a new session does not need its sound."""
-        while self.turn_ms:
+        while self.turn_ms and self.ears:
             self.forget_oldest()
 
     def to_model(self, payload: bytes) -> None:
@@ -1208,8 +1218,6 @@ class Call:
 
     def watch_for_holes(self) -> None:
         """Runs while the caller speaks: when no frames come, time passes for the model all the same."""
-        if old := self.timers.pop("holes", None):
-            old.cancel()
         if not self.caller_speaking:
             return
         missing_s = self.loop.time() - self.frame_at
@@ -1217,7 +1225,7 @@ class Call:
             self.frame_at = self.loop.time()
             self.call_ms += missing_s * 1000
             self.hear_silence(missing_s * 1000)
-        self.timers["holes"] = self.loop.call_at(self.frame_at + NO_FRAMES_S, self.watch_for_holes)
+        self.later("holes", self.frame_at + NO_FRAMES_S - self.loop.time(), self.watch_for_holes)
 
     # ── 7 Speak ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1240,8 +1248,8 @@ class Call:
                 self.answer_due = True
                 self.turn_ms = self.ears_ms  # needed until its text has come
                 self.emit("caller_paused")
-                wait_s = ANSWER_COMES_S if self.server_answers else 0
-                self.timers["wanted"] = self.loop.call_later(wait_s, self.ask_if_free)
+                self.answer_comes = self.server_answers
+                self.later("answer", ANSWER_COMES_S if self.server_answers else 0, self.no_answer_came)
             case "input_audio_buffer.committed":
                 self.remember(event["item_id"], "user", "")  # its place; the words come later, perhaps after the answer
             case "conversation.item.input_audio_transcription.completed":
@@ -1275,10 +1283,10 @@ class Call:
                 self.response_done(event["response"])
 
             case "error":
-                self.error(event["error"])
+                self.on_error(event["error"])
         return None
 
-    def error(self, error: Mapping[str, Any]) -> None:
+    def on_error(self, error: Mapping[str, Any]) -> None:
         """Most errors are recoverable, and the session stays open: the call goes on."""
         code = error.get("code")
         text = f"{code}: {error.get('message')}"
@@ -1384,15 +1392,15 @@ class Call:
             if not self.server_interrupts:
                 self.to_openai("response.cancel", response_id=self.response_id)
         if self.ending and self.ending.can_be_called_off:
-            self.note(logging.INFO, "%s is called off: the caller goes on talking", self.ending.reason)
+            self.log(logging.INFO, "%s is called off: the caller goes on talking", self.ending.reason)
             self.ending = None
-            self.timers.pop("goodbye").cancel()
+            self.never_mind("goodbye")
         if not self.marks:
             return  # nothing is playing
         heard = self.heard()
         self.to_twilio(self.for_twilio("clear"))
         self.marks.clear()
-        self.played = self.sent
+        self.played = self.sent  # nothing is out any more, so `settle` need not wait
         unheard = [item for item in self.items.values() if item.ends > heard and item.heard_ms is None]
         for item in unheard:
             self.truncate(item, heard)
@@ -1433,18 +1441,23 @@ class Call:
         self.ask_if_free()
 
     def ask_if_free(self) -> None:
-        if self.wanted and self.ready and not (self.response_id or self.asking or self.caller_speaking):
+        others_turn = self.response_id or self.asking or self.caller_speaking or self.answer_comes
+        if self.wanted and self.ready and not others_turn:
             self.asking, self.wanted = self.wanted, b""
             assert self.openai is not None
             self.openai.send_now(self.asking)
             self.emit("model_asked")
 
+    def no_answer_came(self) -> None:
+        self.answer_comes = False
+        self.ask_if_free()
+        self.end_if_heard()
+
     def response_created(self, response_id: str) -> None:
         self.response_id = response_id
         self.asked, self.asking, self.wanted = self.asking or CREATE_RESPONSE, b"", b""
-        self.spoke = False
-        if retry := self.timers.pop("retry", None):
-            retry.cancel()
+        self.spoke = self.answer_comes = False
+        self.never_mind("retry")
         if self.caller_speaking:  # it would talk over the caller, whose turn will be answered anyhow
             self.cut.add(response_id)
             self.to_openai("response.cancel", response_id=response_id)
@@ -1490,7 +1503,7 @@ class Call:
             return self.give_up(text)
         pause_s = RETRY_PAUSES_S[self.failures - 1]
         self.emit("model_failed", error=f"{text}: asking again in {pause_s:g} s")
-        self.timers["retry"] = self.loop.call_later(pause_s, self.ask, self.asked)
+        self.later("retry", pause_s, self.ask, self.asked)
         return None
 
     async def use_tools(self, function_calls: list[dict[str, Any]]) -> None:
@@ -1555,15 +1568,13 @@ class Call:
         self.ending = Ending(reason, next_twiml, can_be_called_off)
         queued_s = (self.sent - self.heard()) / 8000
         limit_s = min(queued_s, MAX_GOODBYE_S) + GOODBYE_SLACK_S
-        if old := self.timers.pop("goodbye", None):
-            old.cancel()
-        self.timers["goodbye"] = self.loop.call_later(limit_s, self.end, reason)
+        self.later("goodbye", limit_s, self.end, reason)
         self.end_if_heard()
 
     @property
     def busy(self) -> bool:
         """The model is being heard, or is about to speak, or a tool runs."""
-        more_comes = self.response_id or self.asking or self.wanted or self.tasks
+        more_comes = self.response_id or self.asking or self.wanted or self.answer_comes or self.tasks
         return bool(self.marks or self.early_speech or more_comes)
 
     def end_if_heard(self) -> None:
@@ -1677,7 +1688,7 @@ async def run(settings: Settings, hooks: Any) -> int:
                 log.info("to talk to it from this computer, open %s in a browser", page)
                 if "--open" in sys.argv:
                     webbrowser.open(page)
-            pulse, rest = loop.create_task(bridge.feel_pulse()), loop.create_task(bridge.rest())
+            background = [loop.create_task(bridge.measure_loop_delay()), loop.create_task(bridge.batch_reads())]
             await stop.wait()
             bridge.draining = True
             log.info(
@@ -1686,8 +1697,8 @@ async def run(settings: Settings, hooks: Any) -> int:
                 settings.drain_seconds,
             )
             await drain(bridge)
-            pulse.cancel()
-            rest.cancel()
+            for task in background:
+                task.cancel()
     except OSError as fault:
         print(
             f"bridge.py: cannot listen on port {port}: {fault.strerror}. Set PORT to a free one",
@@ -1699,13 +1710,16 @@ async def run(settings: Settings, hooks: Any) -> int:
 
 
 def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a hook prints is seen at once, in a log, too
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.ERROR)
     try:
         settings = read_settings(os.environ)
         hooks = load_hooks(settings.hooks)
         if without_openai(settings) and hooks.stand_in is None:
-            raise ValueError("OPENAI_API_KEY is not set: set it to a key from https://platform.openai.com/api-keys")
+            mend = "set it to a key from https://platform.openai.com/api-keys, or let hooks/offline.py answer"
+            raise ValueError(f"OPENAI_API_KEY is not set: {mend}")
     except ValueError as fault:
         print(f"bridge.py: {fault}", file=sys.stderr)
         return 2

@@ -769,7 +769,7 @@ async def test_a_stream_that_does_not_bring_the_token_of_its_call_is_closed_and_
         assert not line.openai.sessions and not line.hooks.told
 
 
-async def test_a_token_is_good_for_its_own_call_only() -> None:
+async def test_a_use_token_for_its_own_call_only() -> None:
     async with a_line() as line:
         one, other = await line.caller().dials(), await line.caller().dials()
         one.parameters = other.parameters
@@ -778,7 +778,7 @@ async def test_a_token_is_good_for_its_own_call_only() -> None:
         assert one.socket.close_code == 1008
 
 
-async def test_a_token_is_good_once() -> None:
+async def test_a_use_token_once() -> None:
     async with a_call() as (twilio, _, line):
         again = line.caller()
         again.sid, again.parameters = twilio.sid, twilio.parameters
@@ -787,7 +787,7 @@ async def test_a_token_is_good_once() -> None:
         assert again.socket.close_code == 1008 and not twilio.socket.close_code
 
 
-async def test_a_token_is_good_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_use_token_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bridge.TOKEN_S == 60
     monkeypatch.setattr(bridge, "TOKEN_S", -1)
     async with a_line() as line:
@@ -1042,9 +1042,9 @@ async def test_messages_arrive_whole_however_the_bytes_are_cut() -> None:
 async def test_a_loop_that_rests_between_two_looks_at_its_sockets_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "REST_ABOVE_CALLS", 0)
+    monkeypatch.setattr(bridge, "BATCH_ABOVE_CALLS", 0)
     async with a_call() as (twilio, openai, line):
-        resting = asyncio.create_task(line.bridge.rest())
+        resting = asyncio.create_task(line.bridge.batch_reads())
         await twilio.speaks(voice(400, 1), pace=True)
         await openai.says(voice(300, 2))
         await until(lambda: openai.heard == voice(400, 1) and twilio.heard_so_far() == voice(300, 2))
@@ -1325,6 +1325,33 @@ async def test_when_frames_stop_while_the_caller_speaks_silence_lets_the_turn_en
         await asyncio.sleep(0.9)
         assert len(openai.heard) == length, "silence only while the caller is speaking"
         assert set(openai.heard[800:]) == {0xFF}
+
+
+async def test_a_turn_that_ended_in_silence_only_is_answered_with_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "NO_FRAMES_S", 0.1003)
+    async with a_call() as (twilio, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(0, "done")
+        await twilio.speaks(voice(20))
+        await openai.hears_speech("u1")
+        await until(lambda: len(openai.heard) > 8 * 250)
+        await openai.hears_silence("u1")
+        await openai.begins()
+        await calls_tools(openai, a_function_call("a"))
+        assert (await openai.gets("conversation.item.create"))["item"]["output"] == "done"
+
+
+async def test_what_is_wanted_right_after_a_turn_waits_for_the_answer_that_openai_begins_by_itself() -> None:
+    async with a_call() as (_, openai, line):
+        item = await openai.hears_speech()
+        await openai.hears_silence(item)
+        await openai.caught_up()
+        line.hooks.calls[0].tell_model("何か")
+        await openai.gets("conversation.item.create")
+        await openai.caught_up()
+        assert line.hooks.calls[0].busy and openai.creates == 0
+        await openai.says(voice(20))
+        await asyncio.sleep(1.1)
+        assert openai.creates == 0, "that answer has seen it"
 
 
 async def test_a_late_burst_is_not_padded_a_second_time() -> None:
@@ -3017,6 +3044,13 @@ def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
     assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
 
 
+def shipped(folder: Path) -> list[str]:
+    """The names in a folder that belong to the project; a user's own hooks, recordings … are theirs."""
+    listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True)
+    names = listed.stdout.splitlines() or [path.name for path in folder.iterdir()]
+    return sorted({name.split("/")[0] for name in names})
+
+
 def settings_named_in(text: str) -> list[str]:
     return re.findall(r"^(?:\| `|# )([A-Z][A-Z_]+)[`=]", text, re.MULTILINE)
 
@@ -3059,18 +3093,18 @@ async def test_the_readmes_smallest_hook_and_tool_do_what_it_says(
     async with a_call() as (_, _, line):
         host.emit("caller_said", line.hooks.calls[0], 0.0, {"text": "もしもし"})
         host.close(2)
-    assert capsys.readouterr().out == f"{CALLER} said もしもし\n"
+        assert capsys.readouterr().out == f"{line.hooks.calls[0].sid} said もしもし\n"
 
 
 def test_the_readme_has_a_line_on_each_hook_file() -> None:
     readme = (HERE / "README.md").read_text()
-    files = [path.name for path in sorted((HERE / "hooks").glob("[!_]*.py"))]
+    files = [name for name in shipped(HERE / "hooks") if name.endswith(".py") and name[0] != "_"]
     assert [name for name in files if f"| `{name}` |" not in readme] == []
 
 
 def test_nothing_else_stands_at_the_top_level() -> None:
     ours = {"bridge.py", "hooks", "test_bridge.py", "requirements.txt", "Procfile", "fly.toml", "README.md"}
-    assert {path.name for path in HERE.iterdir() if path.name[0] not in "._"} <= ours
+    assert {name for name in shipped(HERE) if name[0] not in "._"} <= ours
 
 
 def test_the_script_header_and_requirements_txt_name_the_same_packages() -> None:
