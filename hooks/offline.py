@@ -13,7 +13,6 @@ No settings, and nothing is stored. The bridge starts STAND_IN when no key is se
     Parrot          the PretendSession that listens and speaks
     STAND_IN        a WebSocket server on 127.0.0.1; each connection talks with a Parrot of its own
 
-Of the protocol there is what a telephone needs: speech in mu-law, turns that the server detects, one answer at a time.
 https://platform.openai.com/docs/api-reference/realtime-client-events and …/realtime-server-events
 """
 
@@ -27,6 +26,7 @@ import logging
 import math
 import re
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -35,6 +35,7 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from websockets.asyncio.server import Server, ServerConnection, broadcast, serve
 from websockets.exceptions import ConnectionClosed
@@ -60,7 +61,7 @@ class Range:
     high: float
 
 
-FORMAT = ByType({"audio/pcmu": {}})  # mu-law at 8 kHz; the others, audio/pcm and audio/pcma, no telephone speaks
+FORMAT = ByType({"audio/pcm": {"rate": {24000}}, "audio/pcmu": {}})  # the third, audio/pcma, is not spoken here
 NOISE = {"type!": {"near_field", "far_field"}, "strength": Range(0.0, 1.0)}
 TRANSCRIPTION = {"model": str, "language": str, "languages": [str], "keywords": [str], "prompt": str, "delay": str}
 TURNS: Object = {"create_response": bool, "interrupt_response": bool}
@@ -85,7 +86,7 @@ IN_BOTH = {  # a session and a response
     "max_output_tokens": ({"inf"}, Range(1, 4096)),
     "prompt": object,
 }
-RESPONSE = IN_BOTH | {"audio": {"output": OUTPUT}, "conversation": {"auto"}, "input": list, "metadata": object}
+RESPONSE = IN_BOTH | {"audio": {"output": OUTPUT}, "conversation": {"auto", "none"}, "input": list, "metadata": object}
 SESSION = IN_BOTH | {"model": str, "truncation": object, "tracing": object, "include": object}
 SESSION["audio"] = {"input": INPUT, "output": OUTPUT | {"speed": Range(0.25, 1.5)}}
 CONTENT: dict[str, Object] = {  # of a message, by its role
@@ -95,13 +96,18 @@ CONTENT: dict[str, Object] = {  # of a message, by its role
 }
 ANY_ITEM = {"id": str, "object": {"realtime.item"}, "status": {"completed", "incomplete", "in_progress"}}
 MESSAGE = ANY_ITEM | {"role!": set(CONTENT), "content!": list}
+FUNCTION_CALL = ANY_ITEM | {"name!": str, "arguments!": str, "call_id": str}
 FUNCTION_CALL_OUTPUT = ANY_ITEM | {"call_id!": str, "output!": str}
-ITEM = ByType({"message": MESSAGE, "function_call_output": FUNCTION_CALL_OUTPUT})
+ITEM = ByType({"message": MESSAGE, "function_call": FUNCTION_CALL, "function_call_output": FUNCTION_CALL_OUTPUT})
 COUNT = Range(0, 1 << 31)
-EVENTS: Object = {  # those of the protocol that the bridge has a use for
+EVENTS: Object = {
     "session.update": {"session!": ByType(realtime=SESSION)},
     "input_audio_buffer.append": {"audio!": str},
-    "conversation.item.create": {"item!": ITEM},
+    "input_audio_buffer.commit": {},
+    "input_audio_buffer.clear": {},
+    "conversation.item.create": {"item!": ITEM, "previous_item_id": (str, None)},
+    "conversation.item.retrieve": {"item_id!": str},
+    "conversation.item.delete": {"item_id!": str},
     "conversation.item.truncate": {"item_id!": str, "content_index!": COUNT, "audio_end_ms!": COUNT},
     "response.create": {"response": RESPONSE},
     "response.cancel": {"response_id": str},
@@ -175,17 +181,26 @@ def check(value: Any, rule: Any, path: str = "") -> None:
 
 # ── The server's side of the protocol ───────────────────────────────────────────────────────────────────────────
 
-TURN_DEFAULTS: Object = {"create_response": True, "interrupt_response": True, "threshold": 0.5}
-TURN_DEFAULTS |= {"prefix_padding_ms": 300, "silence_duration_ms": 500}
+PCM = {"type": "audio/pcm", "rate": 24000}
 DEFAULTS: Object = {
     "type": "realtime",
     "object": "realtime.session",
     "instructions": "",
-    "audio": {
-        "input": {"format": {"type": "audio/pcmu"}, "transcription": None, "turn_detection": {"type": "server_vad"}},
-        "output": {"format": {"type": "audio/pcmu"}, "voice": "marin", "speed": 1.0},
-    },
+    "output_modalities": ["audio"],
 }
+DEFAULTS |= {"tools": [], "tool_choice": "auto", "max_output_tokens": "inf", "truncation": "auto", "tracing": None}
+DEFAULTS["audio"] = {  # on a telephone, noise
+    "input": {"format": PCM, "noise_reduction": None, "transcription": None, "turn_detection": {"type": "server_vad"}},
+    "output": {"format": PCM, "voice": "marin", "speed": 1.0},
+}
+# The documentation says that silence_duration_ms is 500 unless it is set; sessions that were looked at had 200.
+TURN_DEFAULTS: Object = {
+    "server_vad": {"threshold": 0.5, "prefix_padding_ms": 300, "silence_duration_ms": 200, "idle_timeout_ms": None},
+    "semantic_vad": {"eagerness": "auto"},
+}
+STREAMING_TRANSCRIBERS = {"gpt-live-transcribe", "gpt-realtime-whisper"}  # they refuse sessions that detect turns
+SESSION_S = 3600  # the longest that a session lasts
+MAX_APPEND = 15 << 20  # bytes of audio in one event
 
 
 def new_id(kind: str) -> str:
@@ -200,28 +215,38 @@ class Item:
 
 @dataclass(eq=False)
 class Response:
+    id: str
     given: Object  # the `response` of response.create
     tokens: tuple[int, int]  # of its input: text, audio
-    id: str = field(default_factory=lambda: new_id("resp"))
+    began: int  # position
     items: list[Item] = field(default_factory=list)
+
+    @property
+    def in_conversation(self) -> bool:
+        return bool(self.given.get("conversation") != "none")
 
 
 class PretendSession:
     """One session, as the server sees it. What is said in it is a subclass's business: override `hear` and `answer`.
 
-    A position is a number of bytes of the caller's audio since the session began, 8 to the ms: time is what the client
-    has sent, not what a clock says.
+    Inside, audio is mu-law at 8 kHz, whatever the session's formats, and a position is a number of bytes of it since
+    the session began: time is what the client has sent, not what a clock says.
     """
 
-    def __init__(self, send: Callable[[Object], object]) -> None:
+    def __init__(self, send: Callable[[Object], object], model: str = "gpt-realtime-2.1") -> None:
         self.send = send
-        self.config = merged(DEFAULTS, {"id": new_id("sess")})
+        self.config = copy.deepcopy(DEFAULTS) | {"id": new_id("sess"), "model": model}
+        self.config["expires_at"] = int(time.time()) + SESSION_S
+        self.set_turn_defaults(self.config)
         self.items: list[Item] = []  # the conversation
-        self.response: Response | None = None  # the one in progress
+        self.responses: dict[str, Response] = {}  # in progress, by id
         self.buffer = bytearray()  # the caller's audio that is not yet in the conversation
         self.buffer_began = 0  # its position
         self.speech_id = ""  # the item that the caller's speech will be, while they speak
         self.turn = b""  # the audio of the caller's last turn
+        self.cached = (0, 0)  # tokens of the last response's input: text, audio
+        self.has_spoken = False
+        self.quiet_from = 0  # position from which idle_timeout_ms counts
 
     def hear(self, mulaw: bytes) -> None:
         """The caller's next sound, which is in `buffer` already: whoever detects turns does it now."""
@@ -232,48 +257,120 @@ class PretendSession:
     def emit(self, kind: str, **content: Any) -> None:
         self.send({"type": kind, "event_id": new_id("event"), **copy.deepcopy(content)})
 
+    def open(self) -> None:
+        self.emit("session.created", session=self.config)
+
     def receive(self, message: str | bytes) -> None:
         """One message of the client's."""
-        event = json.loads(message)
-        event_id = event.pop("event_id", None)
+        event_id = None
         try:
+            if isinstance(message, bytes):
+                raise Refused("invalid_event", "Expected a text WebSocket message; binary frames are not supported")
+            try:
+                event = json.loads(message)
+            except (ValueError, RecursionError) as fault:
+                raise Refused("invalid_json", f"The message is not valid JSON: {fault}") from None
+            if not isinstance(event, dict):
+                raise Refused("invalid_event", "Expected a JSON object")
+            event_id = event.pop("event_id", None)
             check(event, ByType(EVENTS))
             self.handle(event)
         except Refused as fault:
-            about = {"code": fault.code, "message": fault.message, "param": fault.param, "event_id": event_id}
-            self.emit("error", error={"type": "invalid_request_error", **about})
+            self.error(fault, event_id)
+
+    def error(self, fault: Refused, event_id: Any = None) -> None:
+        about = {"code": fault.code, "message": fault.message, "param": fault.param, "event_id": event_id}
+        self.emit("error", error={"type": "invalid_request_error", **about})
 
     def handle(self, event: Object) -> None:
         """One event whose shape has been checked. Refuses what does not go with the state of things."""
         match event["type"]:
             case "session.update":
-                self.config = merged(self.config, event["session"])
+                self.update(event["session"])
                 self.emit("session.updated", session=self.config)
+
             case "input_audio_buffer.append":
-                try:
-                    mulaw = base64.b64decode(event["audio"], validate=True)
-                except ValueError:
-                    text = "Invalid 'audio'. Expected base64-encoded audio bytes."
-                    raise Refused("invalid_value", text, "audio") from None
+                mulaw = self.decode(event["audio"])
                 self.buffer += mulaw
                 self.hear(mulaw)
+            case "input_audio_buffer.commit":
+                if (ms := len(self.buffer) / 8) < 100:
+                    text = (
+                        f"Error committing input audio buffer: buffer too small: {ms:.2f}ms of audio, less than 100ms."
+                    )
+                    raise Refused("input_audio_buffer_commit_empty", text)
+                self.commit(self.position())
+            case "input_audio_buffer.clear":
+                self.forget_before(self.position())
+                self.emit("input_audio_buffer.cleared")
+
             case "conversation.item.create":
-                if event["item"]["type"] == "message":
-                    check(event["item"]["content"], [ByType(CONTENT[event["item"]["role"]])], "item.content")
-                self.add(event["item"])
+                self.create_item(event["item"], event.get("previous_item_id"))
+            case "conversation.item.retrieve":
+                item = self.find(event["item_id"], "item_retrieve_invalid_item_id")
+                self.emit("conversation.item.retrieved", item=item.data)
+            case "conversation.item.delete":
+                self.items.remove(self.find(event["item_id"], "item_delete_invalid_item_id"))
+                self.emit("conversation.item.deleted", item_id=event["item_id"])
             case "conversation.item.truncate":
-                self.truncate(event["item_id"], event["audio_end_ms"])
+                item = self.find(event["item_id"], "item_truncate_invalid_item_id")
+                self.truncate(item, event["content_index"], event["audio_end_ms"])
+
             case "response.create":
-                if self.response:
-                    text = f"Conversation already has an active response in progress: {self.response.id}."
-                    raise Refused("conversation_already_has_active_response", text)
                 self.create_response(event.get("response", {}))
             case "response.cancel":
-                if self.response is None or event.get("response_id", self.response.id) != self.response.id:
+                response = self.responses.get(event["response_id"]) if "response_id" in event else self.active()
+                if response is None:
                     raise Refused("response_cancel_not_active", "Cancellation failed: no active response found")
-                self.end_response(self.response, "cancelled", "client_cancelled")
+                self.end_response(response, "cancelled", reason="client_cancelled")
 
-    # ── The caller's turns ──
+    # ── The session ──
+
+    def update(self, given: Object) -> None:
+        """The fields that are given change: all of them or none."""
+
+        def merged(old: Object, new: Object) -> Object:
+            nested = ("audio", "input", "output")
+            return old | {name: merged(old[name], value) if name in nested else value for name, value in new.items()}
+
+        config = merged(self.config, given)
+        self.set_turn_defaults(config)
+        audio, transcription = config["audio"], config["audio"]["input"]["transcription"] or {}
+        if config["model"] != self.config["model"]:
+            raise Refused("invalid_value", "The model of a session cannot be changed.", "session.model")
+        if self.has_spoken and audio["output"]["voice"] != self.config["audio"]["output"]["voice"]:
+            text = "Cannot update a conversation's voice if assistant audio is present."
+            raise Refused("cannot_update_voice", text, "session.audio.output.voice")
+        if "reasoning" in given and not config["model"].startswith("gpt-realtime-2"):
+            raise Refused("unknown_parameter", f"{config['model']} does not reason.", "session.reasoning")
+        if audio["input"]["turn_detection"] and transcription.get("model") in STREAMING_TRANSCRIBERS:
+            text = "Turn detection is not supported for this transcription model"
+            raise Refused("invalid_value", text, "session.audio.input.turn_detection")
+        if "language" in transcription and "languages" in transcription:
+            text = "Give either 'language' or 'languages'."
+            raise Refused("invalid_value", text, "session.audio.input.transcription.languages")
+        self.config = config
+
+    @staticmethod
+    def set_turn_defaults(config: Object) -> None:
+        if turns := config["audio"]["input"]["turn_detection"]:
+            defaults = {"create_response": True, "interrupt_response": True, **TURN_DEFAULTS[turns["type"]]}
+            config["audio"]["input"]["turn_detection"] = defaults | turns
+
+    # ── The caller's audio ──
+
+    def decode(self, audio: str) -> bytes:
+        try:
+            data = base64.b64decode(audio, validate=True)
+        except ValueError:
+            raise Refused("invalid_value", "Invalid 'audio'. Expected base64-encoded audio bytes.", "audio") from None
+        if len(data) > MAX_APPEND:
+            raise Refused("invalid_value", f"Invalid 'audio'. At most {MAX_APPEND} bytes at a time.", "audio")
+        return data if self.config["audio"]["input"]["format"]["type"] == "audio/pcmu" else mulaw_of_pcm(data)
+
+    def position(self) -> int:
+        """The end of what the caller has sent."""
+        return self.buffer_began + len(self.buffer)
 
     def forget_before(self, position: int) -> bytes:
         """Take from the buffer what comes before a position."""
@@ -288,25 +385,34 @@ class PretendSession:
         self.forget_before(start)
         self.speech_id = new_id("item")
         self.emit("input_audio_buffer.speech_started", audio_start_ms=start // 8, item_id=self.speech_id)
-        if self.response and self.config["audio"]["input"]["turn_detection"]["interrupt_response"]:
-            self.end_response(self.response, "cancelled", "turn_detected")
+        if (active := self.active()) and self.config["audio"]["input"]["turn_detection"]["interrupt_response"]:
+            self.end_response(active, "cancelled", reason="turn_detected")
 
     def speech_stopped(self, end: int) -> None:
-        """The caller's turn ends at this position, with the silence that showed it: an item, then an answer."""
-        settings, item_id = self.config["audio"]["input"], self.speech_id
-        self.emit("input_audio_buffer.speech_stopped", audio_end_ms=end // 8, item_id=item_id)
+        """The caller's turn ends at this position, the silence that showed it included. It is answered."""
+        self.speech_id = self.speech_id or new_id("item")
+        self.emit("input_audio_buffer.speech_stopped", audio_end_ms=end // 8, item_id=self.speech_id)
+        self.commit(end)
+        if self.config["audio"]["input"]["turn_detection"]["create_response"] and not self.active():
+            self.create_response({})
+
+    def commit(self, end: int) -> None:
+        """The buffered audio up to this position becomes an item of the conversation."""
+        item_id, self.speech_id = self.speech_id or new_id("item"), ""
+        self.turn = self.forget_before(end)
+        content: Object = {"type": "input_audio", "transcript": None}
+        message = {"id": item_id, "object": "realtime.item", "type": "message", "status": "completed", "role": "user"}
         previous = self.items[-1].data["id"] if self.items else None
         self.emit("input_audio_buffer.committed", item_id=item_id, previous_item_id=previous)
-        self.turn = self.forget_before(end)
-        content = {"type": "input_audio", "transcript": None}
-        self.add({"id": item_id, "type": "message", "role": "user", "content": [content]}, len(self.turn))
-        if settings["transcription"]:
+        self.items.append(Item({**message, "content": [content]}, len(self.turn)))
+        self.announce("added", self.items[-1])
+        self.announce("done", self.items[-1])
+        if self.config["audio"]["input"]["transcription"]:
             seconds = len(self.turn) / 8000
-            said = {"transcript": f"({seconds:.1f}秒の音声)", "usage": {"type": "duration", "seconds": seconds}}
-            kind = "conversation.item.input_audio_transcription.completed"
-            self.emit(kind, item_id=item_id, content_index=0, **said)
-        if settings["turn_detection"]["create_response"] and not self.response:
-            self.create_response({})
+            content["transcript"] = f"({seconds:.1f}秒の音声)"  # nobody recognizes words here
+            what = {"item_id": item_id, "content_index": 0, "transcript": content["transcript"]}
+            usage = {"type": "duration", "seconds": seconds}
+            self.emit("conversation.item.input_audio_transcription.completed", **what, usage=usage)
 
     # ── The conversation ──
 
@@ -316,88 +422,137 @@ class PretendSession:
         previous = self.items[index - 1].data["id"] if index else None
         self.emit(f"conversation.item.{what}", previous_item_id=previous, item=item.data)
 
-    def add(self, data: Object, audio: int = 0) -> None:
-        """Put a whole item at the end of the conversation."""
-        item = Item({"id": new_id("item"), "object": "realtime.item", "status": "completed", **data}, audio)
-        self.items.append(item)
+    def find(self, item_id: str, code: str) -> Item:
+        for item in self.items:
+            if item.data["id"] == item_id:
+                return item
+        raise Refused(code, f"The item with id '{item_id}' does not exist.", "item_id")
+
+    def create_item(self, given: Object, after: str | None) -> None:
+        ids = [item.data["id"] for item in self.items]
+        if given["type"] == "message":
+            check(given["content"], [ByType(CONTENT[given["role"]])], "item.content")
+        calls = [item.data["call_id"] for item in self.items if item.data["type"] == "function_call"]
+        if given["type"] == "function_call_output" and given["call_id"] not in calls:
+            text = f"Tool call ID '{given['call_id']}' not found in conversation."
+            raise Refused("invalid_tool_call_id", text, "item.call_id")
+        if given.get("id") in ids:
+            raise Refused("invalid_value", f"An item with id '{given['id']}' exists already.", "item.id")
+        if after not in (None, "root", *ids):
+            text = f"The previous item with id '{after}' does not exist."
+            raise Refused("item_create_invalid_previous_item_id", text, "previous_item_id")
+        made = {"id": new_id("item"), "object": "realtime.item", "status": "completed"}
+        made |= {"call_id": new_id("call")} if given["type"] == "function_call" else {}
+        item = Item(made | given)
+        self.items.insert(len(ids) if after is None else 0 if after == "root" else ids.index(after) + 1, item)
         self.announce("added", item)
         self.announce("done", item)
 
-    def truncate(self, item_id: str, audio_end_ms: int) -> None:
+    def truncate(self, item: Item, content_index: int, audio_end_ms: int) -> None:
         """The caller has heard this much of an item. Its transcript goes: nobody knows where in it that is."""
-        item = next((item for item in self.items if item.data["id"] == item_id), None)
-        if item is None:
-            raise Refused("item_truncate_invalid_item_id", f"There is no item with the id '{item_id}'.", "item_id")
+        content = item.data.get("content", [])
+        if item.data.get("role") != "assistant" or content_index >= len(content) or not item.audio:
+            raise Refused("invalid_value", "Only model output audio messages can be truncated", "item_id")
         if audio_end_ms * 8 > item.audio:
             text = f"Audio content of {item.audio // 8}ms is already shorter than {audio_end_ms}ms"
             raise Refused("invalid_value", text, "audio_end_ms")
         item.audio = audio_end_ms * 8
-        item.data["content"][0]["transcript"] = ""
-        self.emit("conversation.item.truncated", item_id=item_id, content_index=0, audio_end_ms=audio_end_ms)
+        content[content_index]["transcript"] = ""
+        where = {"item_id": item.data["id"], "content_index": content_index}
+        self.emit("conversation.item.truncated", **where, audio_end_ms=audio_end_ms)
 
     # ── Responses ──
 
-    def create_response(self, given: Object) -> None:
-        text, audio = weigh(self.items)
-        self.response = Response(given, (text + len(self.config["instructions"]), audio))
-        self.emit("response.created", response=show(self.response, "in_progress"))
-        self.answer(self.response)
+    def active(self) -> Response | None:
+        """The response in progress that writes to the conversation: there is one at most."""
+        return next((response for response in self.responses.values() if response.in_conversation), None)
 
-    def begin_item(self, response: Response) -> Item:
-        """A spoken message, which is to be filled by `say` and ended by `end_item`."""
-        data = {"id": new_id("item"), "object": "realtime.item", "type": "message", "role": "assistant"}
-        item = Item({**data, "status": "in_progress", "content": []})
+    def create_response(self, given: Object) -> None:
+        text_tokens, audio_tokens = weigh(self.items)
+        tokens = (text_tokens + len(self.config["instructions"]), audio_tokens)
+        response = Response(new_id("resp"), given, tokens, self.position())
+        if (active := self.active()) and response.in_conversation:
+            text = f"Conversation already has an active response in progress: {active.id}. Wait until the response is"
+            raise Refused("conversation_already_has_active_response", f"{text} finished before creating a new one.")
+        self.responses[response.id] = response
+        self.emit("response.created", response=self.show(response, "in_progress"))
+        self.answer(response)
+
+    def show(self, response: Response, status: str, **more: Any) -> Object:
+        shown: Object = {"object": "realtime.response", "id": response.id, "status": status, "status_details": None}
+        shown["conversation_id"] = self.config["id"].replace("sess", "conv") if response.in_conversation else None
+        shown["output"] = [item.data for item in response.items]
+        shown["audio"] = {"output": {name: self.config["audio"]["output"][name] for name in ("format", "voice")}}
+        return shown | {"metadata": response.given.get("metadata"), "usage": None, **more}
+
+    def begin_item(self, response: Response, data: Object | None = None) -> Item:
+        """An item of a response: a spoken message, or what `data` says, such as a function_call."""
+        data = data or {"type": "message", "role": "assistant", "content": []}
+        item = Item({"id": new_id("item"), "object": "realtime.item", "status": "in_progress", **data})
         response.items.append(item)
-        self.items.append(item)
-        place, part = place_of(item, response), {"type": "audio", "transcript": ""}
+        place = place_of(item, response)
         self.emit("response.output_item.added", **place, item=item.data)
-        self.announce("added", item)
-        self.emit("response.content_part.added", **place, item_id=item.data["id"], content_index=0, part=part)
-        item.data["content"] = [{"type": "output_audio", "transcript": ""}]
+        if response.in_conversation:
+            self.items.append(item)
+            self.announce("added", item)
+        if item.data["type"] == "message":
+            item.data["content"] = [{"type": "output_audio", "transcript": ""}]
+            part = {"type": "audio", "transcript": ""}
+            self.emit("response.content_part.added", **place, item_id=item.data["id"], content_index=0, part=part)
         return item
 
     def say(self, response: Response, item: Item, mulaw: bytes, words: str) -> None:
         """The next piece of a message: what it sounds like, and what it means."""
+        self.has_spoken = True
         item.audio += len(mulaw)
         item.data["content"][0]["transcript"] += words
         place = place_of(item, response) | {"item_id": item.data["id"], "content_index": 0}
         if words:
             self.emit("response.output_audio_transcript.delta", **place, delta=words)
-        self.emit("response.output_audio.delta", **place, delta=base64.b64encode(mulaw).decode())
+        pcmu = self.config["audio"]["output"]["format"]["type"] == "audio/pcmu"
+        audio = base64.b64encode(mulaw if pcmu else pcm_of_mulaw(mulaw)).decode()
+        self.emit("response.output_audio.delta", **place, delta=audio)
 
     def end_item(self, response: Response, item: Item, status: str = "completed") -> None:
         item.data["status"] = status
-        place, words = place_of(item, response), item.data["content"][0]["transcript"]
-        in_item = {**place, "item_id": item.data["id"], "content_index": 0}
-        self.emit("response.output_audio.done", **in_item)
-        self.emit("response.output_audio_transcript.done", **in_item, transcript=words)
-        self.emit("response.content_part.done", **in_item, part={"type": "audio", "transcript": words})
+        place = place_of(item, response)
+        if item.data["type"] == "message":
+            in_item = {**place, "item_id": item.data["id"], "content_index": 0}
+            words = item.data["content"][0]["transcript"]
+            self.emit("response.output_audio.done", **in_item)
+            self.emit("response.output_audio_transcript.done", **in_item, transcript=words)
+            self.emit("response.content_part.done", **in_item, part={"type": "audio", "transcript": words})
         self.emit("response.output_item.done", **place, item=item.data)
-        self.announce("done", item)
+        if item in self.items:  # and the client has not deleted it
+            self.announce("done", item)
 
-    def end_response(self, response: Response, status: str = "completed", reason: str | None = None) -> None:
-        """It is completed; or cancelled, for a reason."""
+    def end_response(self, response: Response, status: str = "completed", **details: Any) -> None:
+        """With status completed, cancelled, failed or incomplete; `details` say why: reason=…, or error={…}."""
         for item in response.items:
             if item.data["status"] == "in_progress":
                 self.end_item(response, item, "incomplete")
-        self.response = None
-        why = {"type": status, "reason": reason} if reason else None
-        self.emit("response.done", response=show(response, status) | {"status_details": why, "usage": usage(response)})
+        del self.responses[response.id]
+        said = sum(item.audio for item in response.items)
+        self.quiet_from = max(self.position(), response.began + said)  # when it will have been heard
+        why = {"type": status, **details} if details else None
+        shown = self.show(response, status, status_details=why, usage=self.usage(response))
+        self.emit("response.done", response=shown)
+        limit = {"name": "tokens", "limit": 40_000, "remaining": 40_000 - sum(response.tokens), "reset_seconds": 0.0}
+        self.emit("rate_limits.updated", rate_limits=[limit])
 
-
-def merged(config: Object, given: Object) -> Object:
-    """A session's settings after an update: what is given replaces what was, but inside `audio` it is added."""
-    new = config | given
-    for side in ("input", "output"):
-        new["audio"] = {**new["audio"], side: config["audio"][side] | given.get("audio", {}).get(side, {})}
-    if turns := new["audio"]["input"]["turn_detection"]:
-        new["audio"]["input"]["turn_detection"] = TURN_DEFAULTS | turns
-    return new
-
-
-def show(response: Response, status: str) -> Object:
-    shown: Object = {"object": "realtime.response", "id": response.id, "status": status, "status_details": None}
-    return shown | {"output": [item.data for item in response.items], "usage": None}
+    def usage(self, response: Response) -> Object:
+        """As if what the last response had read were cached, in whole blocks of 64 tokens."""
+        text, audio = response.tokens
+        said_text, said_audio = weigh(response.items)
+        cached_text, cached_audio = min(text, self.cached[0]) // 64 * 64, min(audio, self.cached[1]) // 64 * 64
+        self.cached = response.tokens
+        read: Object = {"text_tokens": text, "audio_tokens": audio, "image_tokens": 0}
+        read["cached_tokens"] = cached_text + cached_audio
+        read["cached_tokens_details"] = {"text_tokens": cached_text, "audio_tokens": cached_audio, "image_tokens": 0}
+        counts = {"input_tokens": text + audio, "output_tokens": said_text + said_audio}
+        written = {"text_tokens": said_text, "audio_tokens": said_audio}
+        details = {"input_token_details": read, "output_token_details": written}
+        return {"total_tokens": sum(counts.values()), **counts, **details}
 
 
 def place_of(item: Item, response: Response) -> Object:
@@ -414,30 +569,45 @@ def weigh(items: list[Item]) -> tuple[int, int]:
     return text, audio
 
 
-def usage(response: Response) -> Object:
-    text, audio = response.tokens
-    said_text, said_audio = weigh(response.items)
-    return {
-        "total_tokens": text + audio + said_text + said_audio,
-        "input_tokens": text + audio,
-        "output_tokens": said_text + said_audio,
-        "input_token_details": {"text_tokens": text, "audio_tokens": audio, "cached_tokens": 0},
-        "output_token_details": {"text_tokens": said_text, "audio_tokens": said_audio},
-    }
-
-
-# ── When the caller speaks ──────────────────────────────────────────────────────────────────────────────────────
+# ── G.711 mu-law ────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Tables for bytes.translate: there is no loop over samples, so that a frame costs a few microseconds.
 
 
 def linear(code: int) -> int:
-    """The 16-bit sample that a mu-law byte stands for (G.711)."""
+    """The 16-bit sample that a mu-law byte stands for."""
     code = ~code & 0xFF
     magnitude = (((code & 15) << 3) + 132 << (code >> 4 & 7)) - 132
     return -magnitude if code & 0x80 else magnitude
 
 
-# Of each mu-law byte, 0 to 254. A table for bytes.translate: without a loop over samples a frame costs microseconds.
-LOUDNESS = bytes(round(1.42 * math.sqrt(abs(linear(code)))) for code in range(256))
+SAMPLES = [linear(code) for code in range(256)]
+HIGH = bytes(sample >> 8 & 0xFF for sample in SAMPLES)
+LOW = bytes(sample & 0xFF for sample in SAMPLES)
+LOUDNESS = bytes(round(1.42 * math.sqrt(abs(sample))) for sample in SAMPLES)  # 0 to 254
+
+
+def nearest_code(sample: int) -> int:
+    return min(range(256), key=lambda code: abs(SAMPLES[code] - sample))
+
+
+CODES = bytes(nearest_code(sample) for sample in (*range(128, 1 << 15, 256), *range(128 - (1 << 15), 0, 256)))
+
+
+def pcm_of_mulaw(mulaw: bytes) -> bytes:
+    """audio/pcm has 16 bits, little-endian, at 24 kHz: each sample three times."""
+    pcm = bytearray(6 * len(mulaw))
+    for at in (0, 2, 4):
+        pcm[at::6], pcm[at + 1 :: 6] = mulaw.translate(LOW), mulaw.translate(HIGH)
+    return bytes(pcm)
+
+
+def mulaw_of_pcm(pcm: bytes) -> bytes:
+    """Of the high bytes only: coarse, and good enough to hear oneself."""
+    return pcm[1::6].translate(CODES)
+
+
+# ── When the caller speaks ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Vad:
@@ -502,22 +672,33 @@ def speech() -> dict[str, tuple[str, bytes]]:
 class Parrot(PretendSession):
     """Greets, then says again whatever the caller says."""
 
-    def __init__(self, send: Callable[[Object], object]) -> None:
-        super().__init__(send)
+    def __init__(self, send: Callable[[Object], object], model: str = "gpt-realtime-2.1") -> None:
+        super().__init__(send, model)
         self.vad = Vad()
         self.tasks: set[asyncio.Task[None]] = set()
 
     def hear(self, mulaw: bytes) -> None:
         turns = self.config["audio"]["input"]["turn_detection"]
-        settings = TURN_DEFAULTS | (turns or {})
+        settings = {**TURN_DEFAULTS["server_vad"], "silence_duration_ms": 500, **(turns or {})}  # semantic_vad has none
         padding = settings["prefix_padding_ms"] * 8
         for speaks, position in self.vad.hear(mulaw, settings["threshold"], settings["silence_duration_ms"]):
             if turns and speaks:
                 self.speech_started(max(self.buffer_began, position - padding))
             elif turns:
                 self.speech_stopped(position)
-        if not self.vad.speaking:
+        if turns and not self.vad.speaking:
+            self.ask_if_idle(settings["idle_timeout_ms"])
             self.forget_before(self.vad.position - padding - Vad.ONSET * Vad.FRAME)
+
+    def ask_if_idle(self, timeout_ms: int | None) -> None:
+        if not timeout_ms or self.responses or self.position() < self.quiet_from + timeout_ms * 8:
+            return
+        self.speech_id = new_id("item")
+        times = {"audio_start_ms": self.buffer_began // 8, "audio_end_ms": self.position() // 8}
+        self.emit("input_audio_buffer.timeout_triggered", **times, item_id=self.speech_id)
+        self.commit(self.position())
+        self.turn = b""  # there is nothing in it to say again
+        self.create_response({})
 
     def answer(self, response: Response) -> None:
         task = asyncio.get_running_loop().create_task(self.speak(response, self.lines_for(response)))
@@ -534,6 +715,8 @@ class Parrot(PretendSession):
         if content.get("type") != "input_audio":
             text = content.get("text", "")
             return [next(lines[name] for name, words in ANSWERS.items() if re.search(words, text, re.IGNORECASE))]
+        if not self.turn:
+            return [lines["idle"]]
         return [lines["preamble"], (f"({len(self.turn) / 8000:.1f}秒の音声)", self.turn)]
 
     async def speak(self, response: Response, lines: list[tuple[str, bytes]]) -> None:
@@ -548,7 +731,7 @@ class Parrot(PretendSession):
                 self.say(response, item, piece, said[told:])
                 told = len(said)
                 await asyncio.sleep(len(piece) / 8000 / SPEED)
-                if response is not self.response:
+                if response.id not in self.responses:
                     return  # interrupted, cancelled, or the connection is closed
             self.end_item(response, item)
         self.end_response(response)
@@ -556,26 +739,53 @@ class Parrot(PretendSession):
 
 # ── The server ──────────────────────────────────────────────────────────────────────────────────────────────────
 
+PATH = "/v1/realtime"
 servers: list[Server] = []  # kept for as long as the process lives
 
 
 async def converse(connection: ServerConnection) -> None:
     """One connection, from session.created to its close."""
+    assert connection.request is not None
+    model = parse_qs(urlsplit(connection.request.path).query).get("model", [""])[0]
     # `broadcast` writes without waiting. What piles up when a client does not read is bounded by its own turn's length.
-    session = Parrot(lambda event: broadcast([connection], json.dumps(event, ensure_ascii=False)))
-    session.emit("session.created", session=session.config)
-    with suppress(ConnectionClosed):
-        async for message in connection:
-            session.receive(message)
-    session.response = None
+    session = Parrot(lambda event: broadcast([connection], json.dumps(event, ensure_ascii=False)), model)
+    why, code = None, 4000
+    if "OpenAI-Beta" in connection.request.headers:
+        why = Refused("beta_api_shape_disabled", "The beta's events are not spoken any more: leave out OpenAI-Beta.")
+    elif not model:
+        why = Refused("missing_model", "The URL names no model.", "model")
+    else:
+        session.open()
+        try:
+            async with asyncio.timeout(SESSION_S):
+                with suppress(ConnectionClosed):
+                    async for message in connection:
+                        session.receive(message)
+        except TimeoutError:
+            why, code = Refused("session_expired", "Your session hit the maximum duration of 60 minutes."), 1001
+        session.responses.clear()
+    if why:
+        session.error(why)
+        await connection.close(code, why.message if code == 1001 else f"invalid_request_error.{why.code}")
 
 
 async def start_stand_in() -> str:
     """Start the server, for programs of this computer only: web pages, which send an Origin, are refused."""
     speech()
-    servers.append(await serve(converse, "127.0.0.1", 0, origins=[None], compression=None))
+    server = await serve(
+        converse,
+        "127.0.0.1",
+        0,
+        process_request=lambda c, request: (
+            None if urlsplit(request.path).path == PATH else c.respond(404, "nothing here\n")
+        ),
+        origins=[None],
+        compression=None,
+        max_size=21 << 20,  # bytes: MAX_APPEND in base64
+    )
+    servers.append(server)
     log.warning("OPENAI_API_KEY is not set: a stand-in on this computer answers, and repeats what the caller says")
-    return f"ws://127.0.0.1:{servers[-1].sockets[0].getsockname()[1]}/v1/realtime"
+    return f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}{PATH}"
 
 
 STAND_IN = start_stand_in

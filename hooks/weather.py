@@ -1,8 +1,8 @@
 """Tomorrow's weather from those who know it: the model asks the Japan Meteorological Agency instead of inventing.
 
 The caller asks 「明日の東京の天気は？」; the model calls `weather_forecast` and says what the agency forecasts and when
-it issued that. Any prefecture, city, town or village of Japan will do; a name that several places have is asked back.
-When no forecast can be had, the model is told so, and told to invent none.
+it issued that. Any prefecture, city, town or village of Japan will do, in kanji, kana or romaji; a name that several
+places have is asked back. When no forecast can be had in 3 s, the model is told so, and told to invent none.
 
 Settings: WEATHER_URL, where the agency's documents are, for a mirror or a test (default https://www.jma.go.jp/bosai).
 Nothing is written to disk; documents are kept in memory for ten minutes. They may be used if the source is named, as
@@ -15,18 +15,23 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import unicodedata
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import date, datetime, timedelta, timezone
-from typing import Annotated, Any, Literal, get_args
+from os.path import commonprefix
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 log = logging.getLogger("weather")
 
 URL = os.environ.get("WEATHER_URL", "").strip().rstrip("/") or "https://www.jma.go.jp/bosai"
-LIMIT_S = 2.0  # for each of the two documents: the caller hears silence meanwhile
+LIMIT_S = 3.0  # for both documents together: the caller hears silence meanwhile
 KEEP_S = 600.0
+MAX_BYTES = 4_000_000  # of one document; the list of areas has 258 kB
+MAX_AGE = timedelta(hours=24)  # issued at 5, 11 and 17 o'clock: what is older is not today's forecast
 JST = timezone(timedelta(hours=9))  # Japan has no summer time
 NO_FORECAST = "There is no forecast to be had now. Tell the caller so. Do not guess or invent any weather."
 
@@ -35,13 +40,13 @@ Day = Literal["today", "tomorrow", "day_after_tomorrow", Weekday]
 
 
 def weather_forecast(
-    place: Annotated[str, "Prefecture, city, town or village in Japan, in Japanese: 東京都, 横浜市 or 広島県府中市"],
+    place: Annotated[str, "Prefecture, city, town or village in Japan. If its name is not unique: 広島県府中市"],
     day: Annotated[Day, "By the date in Japan. A weekday means the next one, or today"] = "today",
 ) -> dict[str, Any] | str:
     """The Japan Meteorological Agency's forecast for a place in Japan: today, tomorrow, or any day within a week.
 
     Always use this when weather is asked for; never answer from memory. Say that it is the agency's (気象庁) forecast
-    and when it was issued. null means that the agency does not say. Of the temperatures, say the nearest station's.
+    and when it was issued. null means that the agency does not say. Temperatures are forecast for the named station.
     """
     try:
         return forecast(place, day, now())
@@ -54,71 +59,143 @@ def now() -> datetime:
     return datetime.now(JST)
 
 
-def forecast(asked: str, day: str, at: datetime) -> dict[str, Any] | str:
-    areas = document("/common/const/area.json")
-    places = find(asked, areas)
-    if not places:
-        return f"There is no forecast for {asked}. Name a city or prefecture of Japan in Japanese: 横浜市 or 東京都."
-    if len(set(places.values())) > 1:
-        return {"question": "Ask the caller which of these is meant.", "places": list(places)}
-    place, area = next(iter(places.items()))
-    office = areas["class10s"][area]["parent"]
-    days, week = document(f"/forecast/data/forecast/{OTHER_DOCUMENT.get(office, office)}.json")
+def forecast(place: str, day: str, at: datetime) -> dict[str, Any] | str:
+    deadline = time.monotonic() + LIMIT_S
+    places = document("/common/const/area.json", read_places, deadline)
+    found = find(place, places)
+    if not found:
+        return f"There is no forecast for {place}. Ask for a prefecture or a city in Japan, such as 東京都 or 横浜市."
+    if len(found) > 1:
+        return {"question": "Ask the caller which of these is meant.", "places": [one.label() for one in found]}
+    days, week = document(f"/forecast/data/forecast/{found[0].office}.json", list, deadline)
     ahead = get_args(Day).index(day)
     if day in get_args(Weekday):
         ahead = (get_args(Weekday).index(day) - at.weekday()) % 7
-    told = tell(area, at.date() + timedelta(days=ahead), at, days, week)
-    return {"place": place, **told} if told else NO_FORECAST
+    return tell(found[0], at.date() + timedelta(days=ahead), at, days, week, places)
 
 
-documents: dict[str, tuple[float, Any]] = {}  # path -> until when it is kept (time.monotonic()), what it says
+# ── The documents ────────────────────────────────────────────────────────────────────────────────────────────────
+
+lock = threading.Lock()  # several calls may ask at once, each in a thread of its own
+documents: dict[str, tuple[float, Future[Any]]] = {}  # path -> when it was asked for (time.monotonic()), what comes
 
 
-def document(path: str) -> Any:
-    if path not in documents or documents[path][0] <= time.monotonic():
+def document(path: str, read: Callable[[Any], Any], deadline: float) -> Any:
+    """What `read` makes of a document. All who want it at the same time wait for the same request."""
+    with lock:
+        asked_at, coming = documents.get(path, (0.0, None))
+        failed = coming is not None and coming.done() and coming.exception() is not None
+        if coming is None or failed or time.monotonic() - asked_at > KEEP_S:
+            coming = Future()
+            # In a thread, which can be left behind: looking up the server's name knows no time limit.
+            threading.Thread(target=fetch, args=(path, read, coming), daemon=True).start()
+            documents[path] = time.monotonic(), coming
+    return coming.result(max(0.0, deadline - time.monotonic()))
+
+
+def fetch(path: str, read: Callable[[Any], Any], coming: Future[Any]) -> None:
+    try:
+        body, deadline = b"", time.monotonic() + LIMIT_S
         with urllib.request.urlopen(URL + path, timeout=LIMIT_S) as response:
-            documents[path] = time.monotonic() + KEEP_S, json.load(response)
-    return documents[path][1]
+            while chunk := response.read1():
+                body += chunk
+                if time.monotonic() > deadline or len(body) > MAX_BYTES:
+                    raise TimeoutError(f"{path} is too slow or too long")
+        coming.set_result(read(json.loads(body)))
+    except BaseException as fault:
+        coming.set_exception(fault)
 
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OTHER_DOCUMENT = {"014030": "014100", "460040": "460100"}  # offices whose forecast stands in another's document
+# The prefectures in kana, which the documents lack, in the order of the first two digits of every code.
+KANA = """ほっかいどう あおもり いわて みやぎ あきた やまがた ふくしま いばらき とちぎ ぐんま さいたま ちば
+とうきょう かながわ にいがた とやま いしかわ ふくい やまなし ながの ぎふ しずおか あいち みえ しが きょうと おおさか
+ひょうご なら わかやま とっとり しまね おかやま ひろしま やまぐち とくしま かがわ えひめ こうち ふくおか さが
+ながさき くまもと おおいた みやざき かごしま おきなわ"""
+KIND = re.compile(
+    "([都府県市区町村]|地方|けん|ふ|と|し|く|ちょう|まち|むら|そん"
+    "|prefecture|city|ward|town|village|region|ken|fu|to|shi|ku|cho|machi|mura|son)$"
+)
+HIRAGANA = {katakana: katakana - 0x60 for katakana in range(ord("ァ"), ord("ヶ"))} | {ord("ヶ"): "け"}
 
 
-def named(areas: Any) -> Iterator[tuple[str, str]]:
-    """Everything in the agency's list that has a name, with the code of the area it lies in."""
-    for office in areas["offices"].values():
-        yield office["name"], office["children"][0]  # a prefecture: the first of its areas has the capital
-    for code, area in areas["class10s"].items():
-        yield area["name"], code
-    for region in areas["class15s"].values():
-        yield region["name"], region["parent"]
-    for town in areas["class20s"].values():
-        yield town["name"], areas["class15s"][town["parent"]]["parent"]
+class Place(NamedTuple):
+    name: str
+    prefecture: str
+    office: str  # whose document has its forecast
+    area: str  # code of the first-level area (class10) it lies in
+    rank: int  # of a name's bearers the lowest is meant: 0 山口市 in 山口県, 1 山口県, 2 other 市 and 区, 3 the rest
+
+    def label(self) -> str:
+        return self.name if self.name == self.prefecture else f"{self.name}（{self.prefecture}）"
 
 
-def plain(name: str) -> str:
-    """As names are compared and shown: 茅ケ崎市 for 茅ヶ崎市, 鹿児島県 for 鹿児島県（奄美地方除く）."""
-    return re.sub(r"\s|\(.*", "", unicodedata.normalize("NFKC", name)).replace("ヶ", "ケ")
+def fold(name: str) -> str:
+    """A name as it is compared: Ōsaka, OOSAKA and osaka are the same, and so are ヨコハマ and よこはま."""
+    name = re.sub("[\u0302\u0304]", "", unicodedata.normalize("NFKD", name.casefold()))  # the marks of ô and ō
+    name = re.sub(r"[\W_]", "", unicodedata.normalize("NFC", name).translate(HIRAGANA))
+    return re.sub("m(?=[bmp])", "n", re.sub("o([ou]|h(?![aeiouy]))", "o", name).replace("uu", "u"))
 
 
-def find(asked: str, areas: Any) -> dict[str, str]:
-    """The places that may be meant, and for each the code of the area it lies in, for which forecasts are made."""
-    asked = re.sub("(?<=市).+区$", "", plain(asked))  # 横浜市青葉区: the list has cities whole
-    # By the first two digits of every code. Two prefectures have several offices, and none that is named after it.
-    prefectures = {code[:2]: plain(office["name"]) for code, office in sorted(areas["offices"].items())}
-    prefectures |= {"01": "北海道", "47": "沖縄県"}
-    found: dict[str, tuple[int, str]] = {}
-    for name, area in named(areas) if asked else ():
-        name, prefecture = plain(name), prefectures[area[:2]]
-        wanted = re.escape(asked.removeprefix(prefecture) or asked)
-        # 横浜 is 横浜市. Of a city in parts, 仙台市東部 and 仙台市西部, the first stands for 仙台 and 仙台市.
-        if match := re.match(f"{wanted}(地方|[都府県市区町村]|(?<=[市区])|$)", name):
-            rank = 0 if re.search("[市区]", name) else 1 if name == prefecture else 2  # rather 横浜市 than 横浜町
-            found.setdefault(name if name == prefecture else prefecture + match.group(), (rank, area))
-    likeliest = min(found.values(), default=(0, ""))[0]
-    return {place: area for place, (rank, area) in found.items() if rank == likeliest}
+def bare(name: str) -> str:
+    return re.sub(r"\s*[(（].*", "", name)  # 鹿児島県（奄美地方除く）
+
+
+def read_places(areas: Any) -> dict[str, list[Place]]:
+    """All places by their names, likeliest first; the document itself is too large to be kept."""
+    places: dict[str, list[Place]] = {}
+    prefectures = {code[:2]: bare(office["name"]) for code, office in sorted(areas["offices"].items())}
+    prefectures |= {"01": "北海道", "47": "沖縄県"}  # several offices, none of them of this name
+
+    def add(area: str, rank: int, *names: str) -> None:
+        office = areas["class10s"][area]["parent"]
+        place = Place(names[0], prefectures[office[:2]], OTHER_DOCUMENT.get(office, office), area, rank)
+        for key in {key for name in names for key in (fold(name), KIND.sub("", fold(name)))} - {""}:
+            places.setdefault(key, []).append(place)
+
+    for code, office in areas["offices"].items():
+        name, prefecture = bare(office["name"]), prefectures[code[:2]]
+        if prefecture in (name, "北海道", "沖縄県"):  # its first area has the capital, but in 山口県
+            roman = {"01": "Hokkaido", "47": "Okinawa"}.get(code[:2], bare(office["enName"]))
+            kana = KANA.split()[int(code[:2]) - 1]
+            add(office["children"][0], 1, name, prefecture, roman, f"{roman} Prefecture", kana)
+    for code, entry in areas["class10s"].items():
+        add(code, 3, entry["name"], entry["enName"])
+    for entry in areas["class15s"].values():
+        add(entry["parent"], 3, entry["name"], entry["enName"])
+    municipalities: dict[str, list[Any]] = {}
+    for code, entry in areas["class20s"].items():
+        municipalities.setdefault(code[:5], []).append(entry)
+    for parts in municipalities.values():  # 仙台市東部 and 仙台市西部: the first stands for 仙台市; most have one part
+        name, kana = (commonprefix([bare(part[key]) for part in parts]) for key in ("name", "kana"))
+        roman = re.sub("^(.*ern |.*, )", "", bare(parts[0]["enName"]))  # Eastern Sendai City; Konan, Koriyama City
+        for part in parts:
+            area = areas["class15s"][part["parent"]]["parent"]
+            capital = name == prefectures[areas["class10s"][area]["parent"][:2]][:-1] + "市"
+            if part is parts[0]:
+                add(area, 0 if capital else 2 if name[-1] in "市区" else 3, name, kana, roman)
+            elif bare(part["name"]) != name:
+                add(area, 3, part["name"])
+    return {key: sorted(same, key=lambda place: place.rank) for key, same in places.items()}
+
+
+def find(asked: str, places: dict[str, list[Place]]) -> list[Place]:
+    """The places that may be meant: none, one, or several whose forecasts differ."""
+    whole = fold(asked[:100]).removesuffix("japan")
+    names = [(whole, "")]  # with the prefecture it must lie in; empty: any
+    for prefix, found in places.items():
+        if found[0].rank <= 1:  # 広島県府中市, 広島の府中, Fuchu, Hiroshima
+            rests = (whole.removeprefix(prefix), whole.removeprefix(prefix + "の"), whole.removesuffix(prefix))
+            names += [(rest, found[0].prefecture) for rest in rests if rest not in ("", whole)]
+    names += [(KIND.sub("", name), prefecture) for name, prefecture in names]  # Osaka-fu
+    for name, prefecture in list(names):  # 横浜市青葉区: the city
+        names += [(name[:end], prefecture) for end in range(len(name), 1, -1) if name[end - 1] in "市区町村"]
+    for name, prefecture in names:
+        if same := [place for place in places.get(name, []) if prefecture in ("", place.prefecture)]:
+            return list({place.area: place for place in reversed(same) if place.rank == same[0].rank}.values())[::-1]
+    return []
 
 
 # ── The forecast ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -138,62 +215,79 @@ TELOPS = """100晴れ 101晴れ時々くもり 102晴れ一時雨 103晴れ時�
 411雪のち晴れ 413雪のちくもり 414雪のち雨 450雪で雷を伴う"""
 
 
-def tell(area: str, wanted: date, at: datetime, days: Any, week: Any) -> dict[str, Any] | None:
+def tell(place: Place, wanted: date, at: datetime, days: Any, week: Any, places: Any) -> dict[str, Any] | str:
     """What the agency says of a day: the next two or three in words, in `days`; the others in codes, in `week`."""
-    by_area, codes = said(days, "weathers", wanted), said(week, "weatherCodes", wanted)
+    areas = {entry["area"]["code"]: entry for entry in series(days, "weathers")}
+    area, part = areas[place.area], days
     # The week joins some areas: 中部・南部, 沿岸, or the whole prefecture.
-    in_week = area if area in codes else next(code for code in codes if code not in by_area)
-    part, (name, weather) = days, by_area[area]
-    words = [text.replace("\u3000", " ") for text in weather.values()]
-    if not words:
-        part, (name, weather) = week, codes[in_week]
-        words = [entry[3:] for entry in TELOPS.split() if entry[:3] in weather.values()]
-    if not words:
-        return None
+    own = [entry for entry in series(week, "weatherCodes") if entry["area"]["code"] == place.area]
+    joint = [entry for entry in series(week, "weatherCodes") if entry["area"]["code"] not in areas]
+    in_week = (own + joint)[0]
 
-    rain = {}
-    for start, chance in said(days, "pops", wanted)[area][1].items():
-        if at < start + timedelta(hours=6):
-            rain[f"{start.hour}時から{start.hour + 6}時"] = f"{chance}%"
-    if not rain:
-        for chance in said(week, "pops", wanted)[in_week][1].values():
-            rain["一日"] = f"{chance}%"
-    issued = datetime.fromisoformat(part["reportDatetime"])
+    weather = [words.replace("\u3000", " ") for _, words in on(wanted, area, "weathers")]
+    if not weather:
+        area, part, telops = in_week, week, {word[:3]: word[3:] for word in TELOPS.split()}
+        weather = [telops[code] for _, code in on(wanted, area, "weatherCodes") if code in telops]
+    issued = datetime.fromisoformat(part["reportDatetime"]).astimezone(JST)
+    if at - issued > MAX_AGE:
+        return f"{NO_FORECAST} The newest there is was issued on {spoken(issued)} and is too old."
+    if not weather:
+        return f"{NO_FORECAST} What was issued on {spoken(issued)} does not tell of {spoken(wanted)}."
+
+    [pops] = [entry for entry in series(days, "pops") if entry["area"]["code"] == place.area]
+    periods = [(start, chance) for start, chance in on(wanted, pops, "pops") if start + timedelta(hours=6) > at]
+    rain = {f"{start.hour}時から{start.hour + 6}時": f"{chance}%" for start, chance in periods}
+    for _, chance in on(wanted, in_week, "pops") if not rain else []:
+        rain["一日"] = f"{chance}%"
+    others = [one["area"]["name"] for code, one in areas.items() if code != place.area]
     return {
-        "area": name,
+        "place": place.label(),
+        "area": area["area"]["name"],
+        "other_areas": others if place.name == place.prefecture else [],
         "date": spoken(wanted),
-        "weather": words[0],
+        "weather": weather[0],
         "chance_of_rain": rain or None,
-        "celsius_by_station": temperatures(wanted, days, week) or None,
+        "temperature": temperature(place, wanted, days, week, in_week, places),
         "issued": f"{part['publishingOffice']} {spoken(issued)}{issued.hour}時{issued.minute:02}分発表（日本時間）",
         "source": "気象庁 (Japan Meteorological Agency)。出典：気象庁ホームページ",
     }
 
 
-def temperatures(wanted: date, days: Any, week: Any) -> dict[str, dict[str, int | None]]:
-    """Minimum and maximum by station. Which area a station stands for is nowhere said, but the model can tell."""
-    found: dict[str, dict[str, int | None]] = {}
-    for code, (station, low) in said(week, "tempsMin", wanted).items():
-        for start, text in said(week, "tempsMax", wanted)[code][1].items():
-            found[station] = {"minimum": int(low[start]), "maximum": int(text)}
-    for station, degrees in said(days, "temps", wanted).values():
-        by_hour = {start.hour: int(text) for start, text in degrees.items()}
+def temperature(place: Place, wanted: date, days: Any, week: Any, in_week: Any, places: Any) -> dict[str, Any] | None:
+    """Temperatures are told per station, and not for which area: its name may say where it lies, or else its turn."""
+    turn = [entry["area"]["code"] for entry in series(days, "weathers")].index(place.area)
+    fitting = []
+    for number, station in enumerate(series(days, "temps")):
+        name = station["area"]["name"]
+        same_name = [one for one in places.get(fold(name), []) if one.prefecture == place.prefecture]
+        if place.area in [one.area for one in same_name] or (number == turn and not same_name):
+            fitting.append((place not in same_name, number != turn, number, station))
+    for *_, station in sorted(fitting, key=lambda fit: fit[:3])[:1]:
+        by_hour = {start.hour: int(degrees) for start, degrees in on(wanted, station, "temps")}
         if by_hour:  # 9 o'clock has the maximum, 0 o'clock the minimum; but today's stands for nothing
-            today = datetime.fromisoformat(days["reportDatetime"]).date() == wanted
-            found[station] = {"minimum": None if today else by_hour.get(0), "maximum": by_hour.get(9)}
-    return found
+            issued = datetime.fromisoformat(days["reportDatetime"]).astimezone(JST)
+            minimum = by_hour.get(0) if wanted > issued.date() else None
+            return {"station": station["area"]["name"], "minimum_celsius": minimum, "maximum_celsius": by_hour.get(9)}
+    # The week has one station for each of its areas, in their order.
+    turn = [entry["area"]["code"] for entry in series(week, "weatherCodes")].index(in_week["area"]["code"])
+    station = series(week, "tempsMin")[turn]
+    for (_, low), (_, high) in zip(on(wanted, station, "tempsMin"), on(wanted, station, "tempsMax"), strict=True):
+        return {"station": station["area"]["name"], "minimum_celsius": int(low), "maximum_celsius": int(high)}
+    return None
 
 
-def said(part: Any, key: str, wanted: date) -> dict[str, tuple[str, dict[datetime, str]]]:
-    """What a document says of a day: by code of the area or station, its name and the texts by time."""
-    [series] = [one for one in part["timeSeries"] if key in one["areas"][0]]
-    starts = [datetime.fromisoformat(text) for text in series["timeDefines"]]
-    told = {}
-    for entry in series["areas"]:
-        texts = zip(starts, entry[key], strict=True)
-        on_the_day = {start: text for start, text in texts if text and start.date() == wanted}
-        told[entry["area"]["code"]] = entry["area"]["name"], on_the_day
-    return told
+def series(part: Any, key: str) -> list[Any]:
+    """The areas or stations that a document tells this of; each is given the times."""
+    [found] = [one for one in part["timeSeries"] if key in one["areas"][0]]
+    times = [datetime.fromisoformat(text).astimezone(JST) for text in found["timeDefines"]]
+    return [entry | {"times": times} for entry in found["areas"]]
+
+
+def on(wanted: date, entry: Any, key: str) -> list[tuple[datetime, str]]:
+    """What is said of a day, with its times; an empty text says nothing."""
+    return [
+        (start, text) for start, text in zip(entry["times"], entry[key], strict=True) if text and start.date() == wanted
+    ]
 
 
 def spoken(day: date) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import HOOKS, Loaded, LoadHook, longest_pause_of_the_loop
 from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin
 
 PHONE_SESSION: dict[str, Any] = {
@@ -72,7 +72,6 @@ class StandIn:
 
     def __init__(self, loaded: Loaded) -> None:
         self.host, self.module = loaded.host, loaded.module
-        self.samples = [self.module.linear(code) for code in range(256)]  # of mu-law
 
     def dialogue(self, kind: str = "Parrot", session: Any = PHONE_SESSION) -> Dialogue:
         return Dialogue(getattr(self.module, kind), session)
@@ -80,13 +79,10 @@ class StandIn:
     def spoken(self, name: str) -> bytes:
         return bytes(self.module.speech()[name][1])
 
-    def nearest_code(self, sample: int) -> int:
-        return min(range(256), key=lambda code: abs(self.samples[code] - sample))
-
     def with_noise(self, mulaw: bytes, amplitude: int, gain: float = 1.0) -> bytes:
         """The same sound with hiss in it, from a fixed seed."""
-        chance, samples = random.Random(8000), self.samples
-        nearest = [self.nearest_code(high << 6) for high in range(-512, 512)]
+        chance, samples = random.Random(8000), self.module.SAMPLES
+        nearest = [self.module.nearest_code(high << 6) for high in range(-512, 512)]
         mixed = (int(samples[code] * gain + chance.gauss(0, amplitude)) for code in mulaw)
         return bytes(nearest[(min(max(sample, -32768), 32767) >> 6) + 512] for sample in mixed)
 
@@ -121,6 +117,9 @@ def in_input(**fields: Any) -> dict[str, Any]:
 
 
 WRONG: list[tuple[Any, str, str | None]] = [
+    ("{", "invalid_json", None),
+    (b"{}", "invalid_event", None),
+    ("[]", "invalid_event", None),
     ({}, "missing_required_parameter", "type"),
     ({"type": "response.make"}, "invalid_value", "type"),
     ({"type": "output_audio_buffer.clear"}, "invalid_value", "type"),
@@ -129,6 +128,7 @@ WRONG: list[tuple[Any, str, str | None]] = [
     ({"type": "session.update", "session": {"voice": "marin"}}, "missing_required_parameter", "session.type"),
     ({"type": "session.update", "session": {"type": "transcription"}}, "invalid_value", "session.type"),
     (in_session(temperature=0.8), "unknown_parameter", "session.temperature"),
+    (in_session(model="gpt-realtime"), "invalid_value", "session.model"),
     (in_session(instructions=None), "invalid_type", "session.instructions"),
     (in_session(audio={"output": {"voice": "suzuki"}}), "invalid_value", "session.audio.output.voice"),
     (in_session(audio={"output": {"speed": 2.0}}), "invalid_value", "session.audio.output.speed"),
@@ -150,9 +150,17 @@ WRONG: list[tuple[Any, str, str | None]] = [
         "unknown_parameter",
         "session.audio.input.turn_detection.threshold",
     ),
+    (
+        in_input(transcription={"model": "gpt-live-transcribe"}),
+        "invalid_value",
+        "session.audio.input.turn_detection",
+    ),
     ({"type": "input_audio_buffer.append", "audio": "あ"}, "invalid_value", "audio"),
+    ({"type": "input_audio_buffer.commit"}, "input_audio_buffer_commit_empty", None),
     ({"type": "response.cancel"}, "response_cancel_not_active", None),
     ({"type": "response.cancel", "response_id": "resp_9"}, "response_cancel_not_active", None),
+    ({"type": "conversation.item.delete", "item_id": "x"}, "item_delete_invalid_item_id", "item_id"),
+    ({"type": "conversation.item.retrieve", "item_id": "x"}, "item_retrieve_invalid_item_id", "item_id"),
     (
         {"type": "conversation.item.truncate", "item_id": "x", "content_index": 0, "audio_end_ms": 1.5},
         "invalid_type",
@@ -162,6 +170,11 @@ WRONG: list[tuple[Any, str, str | None]] = [
         {"type": "conversation.item.truncate", "item_id": "x", "content_index": 0, "audio_end_ms": 1},
         "item_truncate_invalid_item_id",
         "item_id",
+    ),
+    (
+        {"type": "conversation.item.create", "item": {"type": "function_call_output", "call_id": "c", "output": "1"}},
+        "invalid_tool_call_id",
+        "item.call_id",
     ),
     (
         {"type": "conversation.item.create", "item": {"type": "function_call_output", "call_id": "c", "output": {}}},
@@ -185,7 +198,7 @@ def test_the_stand_in_refuses_what_the_real_server_refuses(
 ) -> None:
     dialogue = offline.dialogue()
     before = len(dialogue.sent)
-    dialogue.server.receive(json.dumps(event))
+    dialogue.server.receive(event if isinstance(event, (str, bytes)) else json.dumps(event))
     (answer,) = dialogue.sent[before:]
     assert answer["type"] == "error"
     assert (answer["error"]["code"], answer["error"]["param"]) == (code, param)
@@ -213,7 +226,14 @@ def test_of_an_update_with_one_unknown_key_nothing_applies_and_the_error_names_t
     (error,) = dialogue.tell("session.update", session=PHONE_SESSION | {"color": "red"}, event_id="cfg-1")
     assert error["error"]["event_id"] == "cfg-1"
     assert error["error"]["type"] == "invalid_request_error"
-    assert dialogue.server.config["audio"]["input"]["transcription"] is None
+    assert dialogue.server.config["audio"]["input"]["format"] == {"type": "audio/pcm", "rate": 24000}
+
+
+def test_a_model_that_does_not_reason_refuses_reasoning(offline: StandIn) -> None:
+    sent: list[dict[str, Any]] = []
+    server = offline.module.PretendSession(sent.append, "gpt-realtime-1.5")
+    server.receive(json.dumps(in_session(reasoning={"effort": "low"})))
+    assert sent[0]["error"]["param"] == "session.reasoning"
 
 
 def test_a_second_response_is_refused_while_one_is_in_progress_and_allowed_afterwards(offline: StandIn) -> None:
@@ -222,6 +242,8 @@ def test_a_second_response_is_refused_while_one_is_in_progress_and_allowed_after
     (error,) = dialogue.tell("response.create")
     assert error["error"]["code"] == "conversation_already_has_active_response"
     assert created["response"]["id"] in error["error"]["message"]
+    aside = dialogue.tell("response.create", response={"conversation": "none"})
+    assert aside[0]["type"] == "response.created"
     done = dialogue.tell("response.cancel", response_id=created["response"]["id"])[0]
     assert done["response"]["status_details"] == {"type": "cancelled", "reason": "client_cancelled"}
     assert dialogue.tell("response.create")[0]["type"] == "response.created"
@@ -230,7 +252,7 @@ def test_a_second_response_is_refused_while_one_is_in_progress_and_allowed_after
 def test_an_item_is_truncated_within_its_audio_and_never_beyond(offline: StandIn) -> None:
     dialogue = offline.dialogue("PretendSession")
     dialogue.tell("response.create")
-    response = dialogue.server.response
+    (response,) = dialogue.server.responses.values()
     item = dialogue.server.begin_item(response)
     dialogue.server.say(response, item, silence(1000), "はい")
     place = {"item_id": item.data["id"], "content_index": 0}
@@ -241,14 +263,15 @@ def test_an_item_is_truncated_within_its_audio_and_never_beyond(offline: StandIn
     assert (cut["type"], cut["audio_end_ms"]) == ("conversation.item.truncated", 1000)
     dialogue.tell("conversation.item.truncate", **place, audio_end_ms=400)
     assert dialogue.tell("conversation.item.truncate", **place, audio_end_ms=401)[0]["type"] == "error"
-    assert dialogue.server.items[0].data["content"][0]["transcript"] == ""
+    (shown,) = dialogue.tell("conversation.item.retrieve", item_id=item.data["id"])
+    assert shown["item"]["content"][0]["transcript"] == ""
 
 
 def test_a_response_comes_in_the_order_of_the_protocol(offline: StandIn) -> None:
     dialogue = offline.dialogue("PretendSession")
     before = len(dialogue.sent)
     dialogue.tell("response.create")
-    response = dialogue.server.response
+    (response,) = dialogue.server.responses.values()
     item = dialogue.server.begin_item(response)
     dialogue.server.say(response, item, silence(200), "はい")
     dialogue.server.end_item(response, item)
@@ -257,30 +280,63 @@ def test_a_response_comes_in_the_order_of_the_protocol(offline: StandIn) -> None
         *("response.created", "response.output_item.added", "conversation.item.added", "response.content_part.added"),
         *("response.output_audio_transcript.delta", "response.output_audio.delta"),
         *("response.output_audio.done", "response.output_audio_transcript.done", "response.content_part.done"),
-        *("response.output_item.done", "conversation.item.done", "response.done"),
+        *("response.output_item.done", "conversation.item.done", "response.done", "rate_limits.updated"),
     ]
     ids = [event["event_id"] for event in dialogue.sent]
     assert len(set(ids)) == len(ids)
 
 
-def test_usage_counts_both_voices(offline: StandIn) -> None:
-    dialogue = offline.dialogue("PretendSession", PHONE_SESSION | {"instructions": "あ" * 100})
-    dialogue.hear(silence(1000))
-    dialogue.server.speech_started(0)
-    dialogue.server.speech_stopped(8000)
-    response = dialogue.server.response
-    dialogue.server.say(response, dialogue.server.begin_item(response), silence(2000), "はい")
+def test_a_scripted_server_can_call_a_function_and_takes_its_output(offline: StandIn) -> None:
+    dialogue = offline.dialogue("PretendSession")
+    dialogue.tell("response.create")
+    (response,) = dialogue.server.responses.values()
+    call = {"type": "function_call", "name": "weather", "call_id": "call_1", "arguments": "{}"}
+    dialogue.server.end_item(response, dialogue.server.begin_item(response, call))
     dialogue.server.end_response(response)
-    usage = dialogue.of("response.done")[0]["response"]["usage"]
-    assert usage["output_token_details"] == {"text_tokens": 2, "audio_tokens": 40}  # 2 s, a token for 50 ms
-    assert usage["input_token_details"] == {"text_tokens": 100, "audio_tokens": 10, "cached_tokens": 0}  # 1 s, 100 ms
-    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"] == 110 + 42
+    done = dialogue.of("response.done")[0]["response"]
+    assert [item["name"] for item in done["output"]] == ["weather"]
+    assert done["output"][0]["status"] == "completed"
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "晴れ"}
+    added = dialogue.tell("conversation.item.create", item=output)
+    assert [event["type"] for event in added] == ["conversation.item.added", "conversation.item.done"]
+    assert added[0]["previous_item_id"] == done["output"][0]["id"]
+
+
+def test_items_form_a_chain_that_inserting_and_deleting_repairs(offline: StandIn) -> None:
+    dialogue = offline.dialogue("PretendSession")
+    for name, after in (("a", None), ("c", None), ("b", "a"), ("first", "root")):
+        text = {"id": name, "type": "message", "role": "system", "content": [{"type": "input_text", "text": name}]}
+        dialogue.tell("conversation.item.create", item=text, previous_item_id=after)
+    assert [item.data["id"] for item in dialogue.server.items] == ["first", "a", "b", "c"]
+    assert [event["previous_item_id"] for event in dialogue.of("conversation.item.added")] == [None, "a", "a", None]
+    dialogue.tell("conversation.item.delete", item_id="c")
+    dialogue.hear(silence(200))
+    committed = dialogue.tell("input_audio_buffer.commit")[0]
+    assert committed["previous_item_id"] == "b"
+
+
+def test_usage_counts_both_voices_and_caches_part_of_what_was_read_before(offline: StandIn) -> None:
+    dialogue = offline.dialogue("PretendSession", PHONE_SESSION | {"instructions": "あ" * 100})
+    for _ in range(2):
+        dialogue.hear(silence(1000))
+        dialogue.tell("input_audio_buffer.commit")
+        dialogue.tell("response.create")
+        (response,) = dialogue.server.responses.values()
+        item = dialogue.server.begin_item(response)
+        dialogue.server.say(response, item, silence(2000), "はい")
+        dialogue.server.end_response(response)
+    first, second = (event["response"]["usage"] for event in dialogue.of("response.done"))
+    assert first["output_token_details"] == {"text_tokens": 2, "audio_tokens": 40}  # 2 s, a token for 50 ms
+    assert first["input_token_details"]["audio_tokens"] == 10  # 1 s, a token for 100 ms
+    assert first["input_token_details"]["cached_tokens"] == 0
+    assert second["input_token_details"]["cached_tokens_details"]["text_tokens"] == 64
+    assert second["total_tokens"] == second["input_tokens"] + second["output_tokens"]
 
 
 @pytest.mark.parametrize("name", ["greeting", "preamble", "key", "idle", "goodbye", "noted"])
 @pytest.mark.parametrize(("hiss", "gain"), [(0, 1.0), (100, 1.0), (30, 0.3)])
 def test_speech_is_found_where_it_is_in_quiet_and_in_hiss(offline: StandIn, name: str, hiss: int, gain: float) -> None:
-    speech, quiet = offline.spoken(name), offline.samples
+    speech, quiet = offline.spoken(name), offline.module.SAMPLES
     loud = [index for index, code in enumerate(speech) if abs(quiet[code]) > 500]
     begins, ends = 1000 + loud[0] // 8, 1000 + loud[-1] // 8
     heard = silence(1000) + speech + silence(1000)
@@ -387,6 +443,36 @@ async def test_a_text_from_the_bridge_is_answered_with_a_fitting_line(
     assert dialogue.sound(0) == offline.spoken(name)
 
 
+async def test_an_idle_caller_is_asked_after_the_time_set_and_only_once_the_answer_has_been_heard(
+    offline: StandIn, quick: None
+) -> None:
+    turns = {"type": "server_vad", "idle_timeout_ms": 5000}
+    dialogue = offline.dialogue()
+    dialogue.tell("session.update", session=in_input(turn_detection=turns)["session"])
+    dialogue.tell("response.create")
+    await dialogue.until("response.done")
+    greeting_ms = len(offline.spoken("greeting")) // 8
+    dialogue.hear(silence(greeting_ms + 4900))
+    assert not dialogue.of("input_audio_buffer.timeout_triggered")
+    dialogue.hear(silence(200))
+    assert len(dialogue.of("input_audio_buffer.timeout_triggered")) == 1
+    await dialogue.until("response.done", 2)
+    assert dialogue.sound(0) == offline.spoken("greeting") + offline.spoken("idle")
+
+
+async def test_a_session_that_nobody_configures_speaks_24_khz_pcm_which_is_noise_on_a_telephone(
+    offline: StandIn, quick: None
+) -> None:
+    dialogue = offline.dialogue(session=None)
+    dialogue.tell("response.create")
+    await dialogue.until("response.done")
+    greeting = offline.spoken("greeting")
+    pcm = dialogue.sound(0)
+    assert len(pcm) == 6 * len(greeting)
+    samples = [int.from_bytes(pcm[at : at + 2], "little", signed=True) for at in range(0, 60_000, 6)]
+    assert samples == [offline.module.SAMPLES[code] for code in greeting[:10_000]]
+
+
 async def test_audio_comes_in_pieces_of_100_to_400_ms_some_four_times_faster_than_it_is_spoken(
     offline: StandIn,
 ) -> None:
@@ -410,6 +496,26 @@ async def test_the_stand_in_says_what_it_is_and_answers_loopback_programs_only(
         assert "OPENAI_API_KEY is not set" in caplog.text
         with pytest.raises(InvalidStatus):  # a web page that found the port
             await connect(url + "?model=m", origin=Origin("http://example.com"), proxy=None)
+        with pytest.raises(InvalidStatus):
+            await connect(url.replace("/v1/realtime", "/"), proxy=None)
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "code"),
+    [("", {}, "missing_model"), ("?model=m", {"OpenAI-Beta": "realtime=v1"}, "beta_api_shape_disabled")],
+)
+async def test_a_wrong_dial_is_accepted_told_and_closed_with_4000(
+    offline: StandIn, query: str, headers: Any, code: str
+) -> None:
+    async with (
+        asyncio.timeout(3),
+        offline.served() as url,
+        connect(url + query, additional_headers=headers, proxy=None) as openai,
+    ):
+        assert json.loads(await openai.recv())["error"]["code"] == code
+        with pytest.raises(ConnectionClosed):
+            await openai.recv()
+        assert (openai.close_code, openai.close_reason) == (4000, f"invalid_request_error.{code}")
 
 
 async def talk(url: str, said: bytes) -> tuple[bytes, bytes]:
