@@ -1689,8 +1689,8 @@ async def run(settings: Settings, hooks: Any) -> int:
                 log.info("to talk to it from this computer, open %s in a browser", page)
                 if "--open" in sys.argv:
                     webbrowser.open(page)
-            # What the start has made stays, and nearly all that a call makes dies by its reference count: so the garbage
-            # collector may look less often. That saves a tenth of the CPU.
+            # What the start has made stays, and nearly all that a call makes dies by its reference count: the garbage
+            # collector may look less often, which saves a tenth of the CPU.
             gc.freeze()
             gc.set_threshold(20_000, 20, 20)
             background = [loop.create_task(bridge.measure_loop_delay()), loop.create_task(bridge.batch_reads())]
