@@ -515,7 +515,7 @@ class Bridge:
 
     def route(self, connection: TwilioLeg, request: Request) -> Any:
         path, _, query = request.path.partition("?")
-        path = re.sub("^/twilio/stream/[0-9a-z]+$", "/twilio/stream", path)
+        path = re.sub("^/twilio/stream/[0-9a-z]+$", "/twilio/stream", path)  # on Fly.io a machine's id follows
         page = self.hooks.pages.get(path)
         if connection.refusal:
             return connection.respond(*connection.refusal)
@@ -549,13 +549,17 @@ class Bridge:
         xml = self.answer_call(form, self.base_url(request)) if path == "/twilio/voice" else self.after_call(form)
         return self.reply(connection, xml, "text/xml; charset=utf-8")
 
+    @property
+    def talking(self) -> int:
+        """The number of calls with an open stream."""
+        return sum(1 for call in self.calls.values() if call.stream_sid)
+
     def health(self) -> dict[str, Any]:
-        talking = sum(1 for call in self.calls.values() if call.stream_sid)
         delays_ms = sorted(self.loop_delays_ms)
         return {
             "status": "draining" if self.draining else "ok",
-            "calls": talking,  # with an open stream
-            "waiting": len(self.calls) - talking,  # answered, and the stream not yet open
+            "calls": self.talking,
+            "waiting": len(self.calls) - self.talking,  # answered, and the stream not yet open
             "peak_calls": self.peak_calls,
             "max_calls": self.settings.max_calls,
             "frames_from_callers": self.frames_from_callers,
@@ -750,7 +754,7 @@ class Bridge:
             call = self.begin(sid, given.get("from", ""), given.get("to", ""))
         started.set_result(call)
         call.open_stream(twilio, stream_sid)
-        self.peak_calls = max(self.peak_calls, self.health()["calls"])
+        self.peak_calls = max(self.peak_calls, self.talking)
         return None
 
     def ended_by_us(self, sid: str, next_twiml: str) -> None:
@@ -893,6 +897,7 @@ class Call:
         self.played = 0  # up to which of them Twilio says it has played …
         self.played_at = 0.0  # … and when it said so (loop time, s)
 
+        # Who asks for an answer, and when: section 9.
         self.response_id = ""  # the response in progress
         self.cut: set[str] = set()  # responses whose remaining audio is dropped, until their response.done
         self.asking = b""  # the response.create that OpenAI has not yet confirmed
@@ -931,7 +936,7 @@ class Call:
             legs = [leg for leg in (self.twilio, self.openai) if leg is not None]
             for leg in legs:  # what still comes while they close would begin things anew
                 leg.deliver_to(lambda message: None)
-            heard = self.heard()
+            heard = self.heard()  # now, for the closing takes a while
             running = [dialling, *self.tasks]
             for task in running:
                 task.cancel()

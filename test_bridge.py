@@ -2934,6 +2934,22 @@ async def test_calls_that_outlast_drain_seconds_are_ended_politely(tmp_path: Pat
         assert await bridge_process.exits(3) == 0
 
 
+async def test_a_process_that_stood_still_for_a_while_loses_nothing_and_goes_on(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        openai = await bridge_process.openai.session()
+        await openai.asked()
+        speaking = asyncio.create_task(twilio.speaks(voice(1600, 1), pace=True))
+        await asyncio.sleep(0.2)
+        bridge_process.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(1)
+        bridge_process.process.send_signal(signal.SIGCONT)
+        await speaking
+        await openai.says(voice(200, 2))
+        await until(lambda: openai.heard == voice(1600, 1) and twilio.heard_so_far() == voice(200, 2))
+        await twilio.hangs_up()
+
+
 async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     async with a_process(tmp_path / "log") as bridge_process:
         await bridge_process.caller().calls()
