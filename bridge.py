@@ -249,7 +249,11 @@ class Leg(Connection):
         early, self.early = self.early, []
         for message in early:
             act(message)
-        self.cutting = not self.protocol.reader.buffer  # unless websockets is in the middle of a frame
+        # Unless websockets is in the middle of a frame: between two, its parser waits in `at_eof`.
+        step: Any = self.protocol.parser
+        while step.gi_yieldfrom is not None:
+            step = step.gi_yieldfrom
+        self.cutting = step.gi_code.co_name == "at_eof"
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come: deliver the whole text messages in them."""

@@ -2135,6 +2135,27 @@ async def test_a_streams_first_messages_may_come_with_its_handshake(cut: int) ->
         writer.close()
 
 
+@pytest.mark.parametrize("come", [1, 2, 4, 8, 50])
+async def test_a_frame_whose_header_comes_with_the_handshake_is_read_whole(come: int) -> None:
+    async with a_line(greeting="") as line:
+        text = json.dumps({"type": "session.updated", "session": {"x": "y" * 300}}).encode()
+        event = b"\x81\x7e" + len(text).to_bytes(2, "big") + text  # a server's: 4 bytes of header, no mask
+
+        async def in_two_pieces(session: PretendSession) -> None:
+            session.socket.transport.write(event[:come])
+            await asyncio.sleep(0.1)
+            session.socket.transport.write(event[come:])
+            await session.socket.recv()
+            await session.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+            await session.socket.wait_closed()
+
+        line.openai.on_dial = in_two_pieces
+        twilio = await line.caller().calls()
+        await until(lambda: "caller_spoke" in line.hooks.events(), 2)
+        assert len(line.openai.sessions) == 1
+        await twilio.hangs_up()
+
+
 async def test_messages_of_every_length_of_length_arrive_as_they_were_sent_and_with_masks_of_their_own() -> None:
     async with a_call() as (_, openai, line):
         leg, masks, write = line.hooks.calls[0].openai, set(), line.hooks.calls[0].openai.transport.write
