@@ -675,7 +675,7 @@ async def test_health_counts_the_calls() -> None:
         status, headers, body = await http(line.port, "GET", "/health")
         assert (status, headers["Content-Type"]) == (200, "application/json")
         assert json.loads(body).items() >= {"status": "ok", "calls": 1, "waiting": 0, "peak_calls": 1}.items()
-    assert line.bridge.health()["calls"] == 0
+    assert bridge.health(line.bridge)["calls"] == 0
 
 
 # ── Who may call ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -867,7 +867,7 @@ async def test_a_webhook_that_is_delivered_twice_is_one_call() -> None:
 
 
 async def test_a_model_that_no_stream_comes_for_is_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "UNCLAIMED_S", 0.2)
+    monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_line() as line:
         await line.caller().dials()
         openai = await line.openai.session()
@@ -1044,7 +1044,7 @@ async def test_a_loop_that_rests_between_two_looks_at_its_sockets_loses_nothing(
 ) -> None:
     monkeypatch.setattr(bridge, "BATCH_ABOVE_CALLS", 0)
     async with a_call() as (twilio, openai, line):
-        resting = asyncio.create_task(line.bridge.batch_reads())
+        resting = asyncio.create_task(bridge.batch_reads(line.bridge))
         await twilio.speaks(voice(400, 1), pace=True)
         await openai.says(voice(300, 2))
         await until(lambda: openai.heard == voice(400, 1) and twilio.heard_so_far() == voice(300, 2))
@@ -1328,7 +1328,7 @@ async def test_when_frames_stop_while_the_caller_speaks_silence_lets_the_turn_en
 
 
 async def test_a_turn_that_ended_in_silence_only_is_answered_with_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "NO_FRAMES_S", 0.1003)
+    monkeypatch.setattr(bridge.Call, "NO_FRAMES_S", 0.1003)
     async with a_call() as (twilio, openai, line):
         line.hooks.results = lambda *_: asyncio.sleep(0, "done")
         await twilio.speaks(voice(20))
@@ -1502,8 +1502,8 @@ async def test_a_quota_that_is_used_up_in_the_middle_ends_in_an_apology() -> Non
 
 
 async def test_a_model_that_cannot_be_reached_for_8_s_ends_in_an_apology(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bridge.SESSION_TIMEOUT_S == 8
-    monkeypatch.setattr(bridge, "SESSION_TIMEOUT_S", 0.7)
+    assert bridge.Call.SESSION_TIMEOUT_S == 8
+    monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.7)
     async with a_line(openai_realtime_url="ws://127.0.0.1:9/v1/realtime") as line:
         twilio = await line.caller().calls()
         await hears_an_apology(line, twilio)
@@ -1534,7 +1534,7 @@ async def test_a_server_that_comes_up_a_moment_late_is_dialled_until_it_answers(
 async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an_apology(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.2))
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
     async with a_call() as (twilio, openai, line):
         await openai.begins()
         for _ in range(2):
@@ -1546,7 +1546,7 @@ async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an
 
 
 async def test_an_answer_that_fails_once_is_spoken_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.2))
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
     async with a_call(greeting="もしもし") as (twilio, openai, _):
         for _ in range(2):
             await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
@@ -2015,7 +2015,7 @@ async def test_a_question_whose_words_have_come_is_told_in_words_only() -> None:
 async def test_words_that_come_late_for_a_long_turn_do_not_cost_what_was_said_after_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "HELD_MS", 1000)
+    monkeypatch.setattr(bridge.Call, "HELD_MS", 1000)
     async with a_call() as (twilio, openai, line):
         await openai.hears_speech("u1")
         await twilio.speaks(voice(1000, 1))
@@ -2048,7 +2048,7 @@ async def test_a_question_that_was_answered_but_never_transcribed_is_not_asked_t
 
 
 async def test_an_answer_that_openai_refuses_to_begin_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.2))
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
     async with a_line(greeting="もしもし") as line:
 
         async def refuses(session: PretendSession) -> None:
@@ -2266,7 +2266,7 @@ def test_what_is_remembered_of_ended_calls_is_bounded(monkeypatch: pytest.Monkey
 
 
 async def test_a_call_whose_stream_has_come_is_not_ended_as_unclaimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "UNCLAIMED_S", 0.2)
+    monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_call() as (twilio, _, line):
         await asyncio.sleep(0.3)
         assert not twilio.socket.close_code and not line.hooks.calls[0].over.done()
@@ -2322,7 +2322,7 @@ async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_
 
 
 async def test_a_loss_that_is_long_after_the_one_before_it_is_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "LOST_AGAIN_S", 0.1)
+    monkeypatch.setattr(bridge.Call, "LOST_AGAIN_S", 0.1)
     async with a_call() as (_, openai, line):
         for _ in range(2):
             openai.socket.transport.abort()
@@ -2334,8 +2334,8 @@ async def test_a_loss_that_is_long_after_the_one_before_it_is_dialled_again(monk
 async def test_an_http_answer_to_the_dial_is_final_unless_it_says_later(
     status: int, dials: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge, "DIAL_PAUSE_S", 0.01)
-    monkeypatch.setattr(bridge, "SESSION_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(bridge.Call, "DIAL_PAUSE_S", 0.01)
+    monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.5)
     asked: list[str] = []
 
     def refuse(connection: ServerConnection, request: Any) -> Any:
@@ -2428,7 +2428,7 @@ async def test_only_the_last_second_before_the_caller_speaks_is_kept_and_nothing
 
 
 async def test_a_new_session_is_told_the_last_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "HISTORY", 2)
+    monkeypatch.setattr(bridge.Call, "HISTORY", 2)
     async with a_call() as (_, openai, line):
         for item in ("u1", "u2", "u3"):
             await openai.hears_speech(item)
@@ -2524,7 +2524,7 @@ async def test_an_answer_that_begins_while_the_caller_is_speaking_is_not_heard_b
 
 
 async def test_hanging_up_that_was_called_off_does_not_happen_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "GOODBYE_SLACK_S", 0.05)
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.05)
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(200))
         await openai.caught_up()
@@ -2537,7 +2537,7 @@ async def test_hanging_up_that_was_called_off_does_not_happen_later(monkeypatch:
 async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "GOODBYE_SLACK_S", 0.1)
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.1)
     async with a_call() as (twilio, openai, line):
         twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
         await openai.says(voice(100))
@@ -2552,7 +2552,7 @@ async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
 async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.1, 0.1))
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.1))
     async with a_call() as (_, openai, _):
         await openai.begins()
         await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
@@ -2563,7 +2563,7 @@ async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
 
 
 async def test_only_failures_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "RETRY_PAUSES_S", (0.02, 0.02))
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.02, 0.02))
     async with a_call() as (twilio, openai, _):
         for _ in range(4):
             await openai.begins()
@@ -2639,7 +2639,7 @@ async def test_hanging_up_waits_for_a_tool_that_is_running() -> None:
 
 
 async def test_a_transfer_that_overtakes_a_hanging_up_is_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "GOODBYE_SLACK_S", 0.2)
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.2)
     async with a_call() as (twilio, openai, line):
         await openai.begins()
         await openai.caught_up()
@@ -3074,7 +3074,7 @@ def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
     assert fly["primary_region"] == "iad" and service["internal_port"] == bridge.Settings().port
     assert service["force_https"] and service["auto_stop_machines"] == "off" and service["min_machines_running"] == 1
     assert service["concurrency"]["type"] == "connections" and service["checks"][0]["path"] == "/health"
-    last_words_s = bridge.MAX_GOODBYE_S / 4 + bridge.GOODBYE_SLACK_S + 2
+    last_words_s = bridge.DRAIN_GOODBYE_S + bridge.NEXT_S
     assert fly["kill_signal"] == "SIGTERM" and fly["kill_timeout"] >= bridge.Settings().drain_seconds + last_words_s
     limits = service["concurrency"]
     assert limits["soft_limit"] < int(fly["env"]["MAX_CALLS"]) < limits["hard_limit"], "webhooks need room, too"
