@@ -120,48 +120,57 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     for setting in fields(Settings):
         name = setting.name.upper()
         value = env.get(name)
-        if value is None or (not value.strip() and setting.name not in MAY_BE_EMPTY):
+        if value is None or not (value.strip() or setting.name in MAY_BE_EMPTY):
             continue
         if setting.name in RANGES:
-            low, high = RANGES[setting.name]
-            try:
-                number = int(value) if setting.type == "int" else float(value)
-            except ValueError:
-                kind = "whole number" if setting.type == "int" else "number"
-                raise ValueError(f"{name} is {value!r}, which is no {kind}: give one from {low} to {high}") from None
-            if not low <= number <= high:
-                raise ValueError(f"{name} is {value!r}, out of range: give a number from {low} to {high}")
-            chosen[setting.name] = number
+            chosen[setting.name] = read_number(name, value, int if setting.type == "int" else float)
         elif setting.name == "session":
-            try:
-                chosen["session"] = json.loads(value)
-            except ValueError as fault:
-                raise ValueError(f"SESSION is not JSON ({fault}): give an object such as {{}}") from None
-            if not isinstance(chosen["session"], dict):
-                raise ValueError("SESSION is JSON but not an object: give one such as {}")
+            chosen[setting.name] = read_object(name, value)
         else:
             chosen[setting.name] = value.strip()
     if not chosen.get("public_base_url") and env.get("FLY_APP_NAME"):
         chosen["public_base_url"] = f"https://{env['FLY_APP_NAME']}.fly.dev"
-    if base := chosen.get("public_base_url"):
-        if not re.fullmatch(r"https://[^/:?#@\s]+(:\d{1,5})?(/[^?#\s]*)?", base):
-            raise ValueError(
-                f"PUBLIC_BASE_URL is {no_password(base)!r}: give an https address such as https://my-app.fly.dev"
-            )
-        chosen["public_base_url"] = base.rstrip("/")
     settings = Settings(**chosen)
-    if not re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", settings.openai_realtime_url):
-        raise ValueError(
-            f"OPENAI_REALTIME_URL is {no_password(settings.openai_realtime_url)!r}: give one that begins with wss://"
-        )
+    if wrong := why_wrong(settings):
+        raise ValueError(wrong)
+    return replace(settings, public_base_url=settings.public_base_url.rstrip("/"))
+
+
+def read_number(name: str, value: str, kind: type[int] | type[float]) -> float:
+    low, high = RANGES[name.lower()]
+    try:
+        number = kind(value)
+    except ValueError:
+        wanted = "whole number" if kind is int else "number"
+        raise ValueError(f"{name} is {value!r}, which is no {wanted}: give one from {low} to {high}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} is {value!r}, out of range: give a number from {low} to {high}")
+    return number
+
+
+def read_object(name: str, value: str) -> dict[str, Any]:
+    try:
+        content = json.loads(value)
+    except ValueError as fault:
+        raise ValueError(f"{name} is not JSON ({fault}): give an object such as {{}}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is JSON but not an object: give one such as {{}}")
+    return content
+
+
+def why_wrong(settings: Settings) -> str:
+    """What the start would fail on later, or a call; "" when all is well."""
+    base, url = settings.public_base_url, settings.openai_realtime_url
+    if base and not re.fullmatch(r"https://[^/:?#@\s]+(:\d{1,5})?(/[^?#\s]*)?", base):
+        return f"PUBLIC_BASE_URL is {no_password(base)!r}: give an https address such as https://my-app.fly.dev"
+    if not re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", url):
+        return f"OPENAI_REALTIME_URL is {no_password(url)!r}: give one that begins with wss://"
     audio = session_update(settings, []).get("audio") or {}
     for way in ("input", "output"):
         audio_format = ((audio.get(way) or {}).get("format") or {}) if isinstance(audio, dict) else {}
         if audio_format != {"type": "audio/pcmu"}:
-            raise ValueError(
-                f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
-            )
-    return settings
+            return f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
+    return ""
 
 
 def no_password(url: str) -> str:
@@ -219,7 +228,7 @@ def session_update(settings: Settings, tools: list[dict[str, Any]]) -> dict[str,
 # The handshake's signature is the same for every call, so the stream also has to bring back a token from the TwiML,
 # which is good for one stream of one CallSid for a minute. Until that has been seen, nothing is dialled for a stream.
 
-TOKEN_S = 60  # Twilio opens the stream 0.5 to 1 s after the webhook
+TOKEN_S = 60  # of a token's life: Twilio opens the stream 0.5 to 1 s after the webhook
 START_TIMEOUT_S = 5.0  # a stream without a valid `start` by then is closed
 REMEMBERED = 10_000  # tokens that were used, and calls whose /twilio/next may still come
 ROUTES = {  # path -> methods
@@ -231,6 +240,7 @@ ROUTES = {  # path -> methods
 }
 FORWARDING = re.compile(r"forwarded|via|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip", re.IGNORECASE)
 
+# What Twilio itself says to a caller whom the model cannot talk to.
 BUSY = "ただいま電話が込み合っております。恐れ入りますが、しばらくしてからおかけ直しください。"
 RESTARTING = "ただいまシステムを入れ替えております。恐れ入りますが、もう一度おかけ直しください。"
 APOLOGY = "申し訳ございません。システムの都合により、お話を続けることができません。恐れ入りますが、おかけ直しください。"
@@ -285,6 +295,8 @@ class Bridge:
         self.draining = False
         self.peak_calls = self.frames_from_callers = self.late_frames = self.pieces_to_callers = 0  # see `health`
         self.loop_delays_ms: deque[float] = deque(maxlen=600)  # of the last minute; see `measure_loop_delay`
+        self.wanted_session = session_update(settings, hooks.tools)  # what each session.update asks for
+        self.validator = RequestValidator(settings.twilio_auth_token)
         self.secret = (settings.twilio_auth_token or secrets.token_hex()).encode()  # the same on each machine
         address = urlsplit(settings.openai_realtime_url)
         self.model = dict(parse_qsl(address.query)).get("model", settings.openai_realtime_model)
@@ -340,11 +352,6 @@ class Bridge:
         xml = self.answer_call(form, self.base_url(request)) if path == "/twilio/voice" else self.after_call(form)
         return self.reply(connection, xml, "text/xml; charset=utf-8")
 
-    @property
-    def talking(self) -> int:
-        """The number of calls with an open stream."""
-        return sum(1 for call in self.calls.values() if call.stream_sid)
-
     @staticmethod
     def reply(connection: TwilioLeg, text: str, content_type: str, status: int = 200) -> Response:
         response = connection.respond(status, text)
@@ -397,9 +404,8 @@ class Bridge:
         algorithm = get_signature_algorithm(header(request, "X-Twilio-Webhooks-Signature-Settings"))
         if not re.fullmatch("HMAC_SHA(1|256)", algorithm):
             return f"it is signed with {algorithm[:40]!r}, which is not known here: update the twilio package"
-        validator = RequestValidator(self.settings.twilio_auth_token)
         for url in self.signed_urls(request):
-            expected = validator.compute_signature(url, form, algorithm)
+            expected = self.validator.compute_signature(url, form, algorithm)
             if hmac.compare_digest(expected.encode(), signature.encode()):
                 return ""
         return (
@@ -503,16 +509,20 @@ class Bridge:
         call = self.calls.get(sid)
         if not self.use_token(str(given.get("token")), sid) or (call and call.stream_sid):
             log.warning("a stream was refused: it brought no valid token for call %.40s", sid)
-            return started.set_result(None)
-        if call is None and (refusal := self.refusal_if_full()):
+            started.set_result(None)
+        elif call is None and (refusal := self.refusal_if_full()):
             self.answer_next(sid, refusal)
-            return started.set_result(None)
-        if call is None:  # another machine answered the webhook, or the model was lost already: dial from here
-            call = self.begin(sid, given.get("from", ""), given.get("to", ""))
-        started.set_result(call)
-        call.open_stream(twilio, stream_sid)
-        self.peak_calls = max(self.peak_calls, self.talking)
-        return None
+            started.set_result(None)
+        else:  # without a call, another machine answered the webhook, or the model was lost already: dial from here
+            call = call or self.begin(sid, given.get("from", ""), given.get("to", ""))
+            started.set_result(call)
+            call.open_stream(twilio, stream_sid)
+            self.peak_calls = max(self.peak_calls, self.talking)
+
+    @property
+    def talking(self) -> int:
+        """The number of calls with an open stream."""
+        return sum(1 for call in self.calls.values() if call.stream_sid)
 
     def answer_next(self, sid: str, next_twiml: str) -> None:
         """The bridge ends this call: Twilio will ask what comes next."""
@@ -529,6 +539,10 @@ def keep(memory: dict[str, Any], key: str, value: Any) -> None:
 
 
 # ── 3 The call ──────────────────────────────────────────────────────────────────────────────────────────────────
+#
+#     webhook ── begin ─┬─ live ──────────────────────────────────── over ── both sides are closed ── call_ended
+#                       ├─ keep_session: dial, set up; dial again when it is lost
+#                       └─ `start` ── open_stream ── from_twilio, from_openai: one message at a time
 
 
 def dump(message: Mapping[str, Any]) -> bytes:
@@ -540,13 +554,8 @@ def size_of(payload: bytes) -> int:
     return len(payload) * 3 // 4 - payload[-2:].count(b"=")
 
 
-def is_final(close_code: int | None) -> bool:
-    """3000 invalid_api_key, 4000 invalid_model, 4004 model_not_found …: what the application itself refuses."""
-    return close_code is not None and 3000 <= close_code < 5000
-
-
-class Refused(Exception):
-    """OpenAI will not have the session, and asking again would not help."""
+class ModelLost(Exception):
+    """The model cannot be had, and dialling again would not help."""
 
 
 @dataclass(slots=True)
@@ -556,7 +565,7 @@ class Item:
     id: str
     content_index: int
     response_id: str
-    session: int  # the number of the session that it belongs to: a later one does not know it
+    session_number: int  # of the session that it belongs to: a later one does not know it
     begins: int  # position of its first byte in the call's playback; see section 7
     ends: int  # position behind the last byte that Twilio was given
     made: int = 0  # bytes that OpenAI sent, those included that were dropped at a barge-in
@@ -584,7 +593,7 @@ class Call:
         self.loop = asyncio.get_running_loop()
         self.sid = sid  # "CA…"
         self.caller = caller  # "+81…", but also "anonymous" or a SIP address
-        self.called = called
+        self.called = called  # the number that they dialled
         self.notes: dict[str, Any] = {}  # for hooks and tools; the bridge does not look at it
         self.token = bridge.new_token(sid)  # what the stream must bring
         self.life: asyncio.Task[None] | None = None  # the task of `live`
@@ -599,7 +608,7 @@ class Call:
         self.early_speech: list[bytes] = []  # what OpenAI sent of the greeting before the stream
 
         self.openai: OpenAILeg | None = None  # None while dialling
-        self.session = 0  # number of sessions dialled
+        self.session_number = 0  # of sessions dialled so far; that of the present one
         # OpenAI's answer to our session.update: "" when it is granted, else why it is refused.
         self.verdict: asyncio.Future[str] | None = None
         self.ready = False  # … and audio may flow
@@ -632,11 +641,11 @@ class Call:
         self.answer_comes = False  # OpenAI is about to answer the caller's turn by itself
         self.answer_due = False  # the caller has finished a turn that has not been answered
         self.spoke = False  # the response in progress has sounded
-        self.greeted = not bridge.settings.greeting
+        self.greeted = not bridge.settings.greeting  # the greeting has sounded, or there is none
         self.failures = 0  # responses that failed in a row
         self.function_calls: list[dict[str, Any]] = []  # of the response in progress
         self.given_up = False  # the model cannot be had: nothing more comes
-        self.ending: Ending | None = None
+        self.ending: Ending | None = None  # how the call is to end, once the last words are heard
 
     def emit(self, event: str, at: float | None = None, **facts: Any) -> None:
         """Tell the hooks. What happens before the stream is open is told after call_started, with its own time."""
@@ -726,93 +735,104 @@ class Call:
         *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
         *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
     }
+    FINAL_CLOSES = range(3000, 5000)  # 3000 invalid_api_key, 4004 model_not_found …: the application itself refuses
 
     async def keep_session(self) -> None:
         """Have a session with the model as long as the call lasts, or give the call up."""
         lost_at = -math.inf
-        while True:
-            try:
+        try:
+            while True:
                 async with asyncio.timeout(self.SESSION_TIMEOUT_S):
                     openai = await self.get_session()
-            except TimeoutError:
-                return self.give_up(f"no session within {self.SESSION_TIMEOUT_S:g} s")
-            except Refused as fault:
-                return self.give_up(str(fault))
-            except Exception as fault:  # whatever it is, the caller must not be left in silence
-                log.exception("dialling OpenAI failed")
-                return self.give_up(f"the dial failed ({fault!r})")
-            await openai.wait_closed()
-            if self.given_up:
-                return None
-            why = f"the session was lost ({openai.close_code} {openai.close_reason or ''})".replace(" )", ")")
-            if is_final(openai.close_code):
-                return self.give_up(why)
-            if self.loop.time() - lost_at < self.LOST_AGAIN_S:
-                return self.give_up(f"{why}, and the one before it {self.LOST_AGAIN_S:g} s ago or less")
-            lost_at = self.loop.time()
-            self.session_lost()
-            self.openai, self.early_speech = None, []  # what was not heard was not said
-            self.emit("model_failed", error=f"{why}: dialling again")
+                await openai.wait_closed()
+                if self.given_up:
+                    return
+                why = f"the session was lost ({openai.close_code} {openai.close_reason or ''})".replace(" )", ")")
+                if openai.close_code in self.FINAL_CLOSES:
+                    raise ModelLost(why)
+                if self.loop.time() - lost_at < self.LOST_AGAIN_S:
+                    raise ModelLost(f"{why}, and the one before it {self.LOST_AGAIN_S:g} s ago or less")
+                lost_at = self.loop.time()
+                self.session_lost()
+                self.openai, self.early_speech = None, []  # what was not heard was not said
+                self.emit("model_failed", error=f"{why}: dialling again")
+        except TimeoutError:
+            self.give_up(f"no session within {self.SESSION_TIMEOUT_S:g} s")
+        except ModelLost as fault:
+            self.give_up(str(fault))
+        except Exception as fault:  # whatever it is, the caller must not be left in silence
+            log.exception("dialling OpenAI failed")
+            self.give_up(f"the dial failed ({fault!r})")
 
     async def get_session(self) -> OpenAILeg:
-        """Dial until OpenAI has accepted our session.update. Raises Refused when trying again cannot help."""
+        """Dial until OpenAI has accepted our session.update. Raises ModelLost when trying again cannot help."""
         while True:
-            try:
-                openai = await connect(
-                    self.bridge.openai_url,
-                    additional_headers=self.bridge.openai_headers,
-                    ssl=self.bridge.tls,
-                    create_connection=OpenAILeg,
-                    compression=None,  # mu-law does not compress, and trying costs three times the CPU
-                    proxy=None,
-                    open_timeout=5,
-                    close_timeout=1,
-                    ping_interval=5,  # a line that is dead without a word is found in 10 s
-                    ping_timeout=5,
-                    max_size=16 << 20,  # bytes; one audio delta is some 10 KB
-                )
-            except (OSError, InvalidHandshake) as fault:
-                status = fault.response.status_code if isinstance(fault, InvalidStatus) else 0
-                if 400 <= status < 500 and status not in (408, 425, 429):
-                    hint = ": is OPENAI_API_KEY right?" if status in (401, 403) else ""
-                    raise Refused(f"OpenAI answered HTTP {status} to the dial{hint}") from None
-                self.log(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
-            else:
-                assert isinstance(openai, OpenAILeg)
-                closed = asyncio.ensure_future(openai.wait_closed())
-                try:
-                    verdict = self.verdict = self.loop.create_future()
-                    self.openai, self.session = openai, self.session + 1
-                    openai.deliver_to(self.from_openai)
-                    self.update_session()
-                    await asyncio.wait([verdict, closed], return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    closed.cancel()
-                if verdict.done() and not verdict.result():
-                    return openai
-                await openai.close_soon()
-                if verdict.done():
-                    raise Refused(verdict.result())
-                if is_final(openai.close_code):
-                    raise Refused(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
-                self.log(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
+            openai = await self.dial()
+            if openai and await self.set_up(openai):
+                return openai
             await asyncio.sleep(self.DIAL_PAUSE_S)
 
+    async def dial(self) -> OpenAILeg | None:
+        try:
+            openai = await connect(
+                self.bridge.openai_url,
+                additional_headers=self.bridge.openai_headers,
+                ssl=self.bridge.tls,
+                create_connection=OpenAILeg,
+                compression=None,  # mu-law does not compress, and trying costs three times the CPU
+                proxy=None,
+                open_timeout=5,
+                close_timeout=1,
+                ping_interval=5,  # a line that is dead without a word is found in 10 s
+                ping_timeout=5,
+                max_size=16 << 20,  # bytes; one audio delta is some 10 KB
+            )
+        except (OSError, InvalidHandshake) as fault:
+            status = fault.response.status_code if isinstance(fault, InvalidStatus) else 0
+            if 400 <= status < 500 and status not in (408, 425, 429):
+                hint = ": is OPENAI_API_KEY right?" if status in (401, 403) else ""
+                raise ModelLost(f"OpenAI answered HTTP {status} to the dial{hint}") from None
+            self.log(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
+            return None
+        assert isinstance(openai, OpenAILeg)
+        return openai
+
+    async def set_up(self, openai: OpenAILeg) -> bool:
+        """Send session.update, and wait for what OpenAI says to it."""
+        verdict = self.verdict = self.loop.create_future()
+        self.openai, self.session_number = openai, self.session_number + 1
+        openai.deliver_to(self.from_openai)
+        self.update_session()
+        closed = asyncio.ensure_future(openai.wait_closed())
+        try:
+            await asyncio.wait([verdict, closed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closed.cancel()
+        if verdict.done() and not verdict.result():
+            return True
+        await openai.close_soon()
+        if verdict.done():
+            raise ModelLost(verdict.result())
+        if openai.close_code in self.FINAL_CLOSES:
+            raise ModelLost(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
+        self.log(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
+        return False
+
     def update_session(self) -> None:
-        session = session_update(self.bridge.settings, self.bridge.hooks.tools)
-        if not self.transcribe:
-            session["audio"]["input"].pop("transcription", None)
-        self.to_openai("session.update", session=session)
+        less = {} if self.transcribe else {"audio": {"input": {"transcription": None}}}
+        self.to_openai("session.update", session=merge_patch(self.bridge.wanted_session, less))
 
     def session_granted(self, session: Mapping[str, Any]) -> None:
         """OpenAI says what it made of our session.update. Audio in another format would be noise to the caller."""
         if self.verdict is None or self.verdict.done():
             return
+        audio = session.get("audio") or {}
         for way in ("input", "output"):
-            audio = (session.get("audio") or {}).get(way) or {}
-            if (given := (audio.get("format") or {}).get("type", "audio/pcmu")) != "audio/pcmu":
-                return self.verdict.set_result(f"OpenAI grants {given} as {way} format instead of audio/pcmu")
-        detection = ((session.get("audio") or {}).get("input") or {}).get("turn_detection") or {}
+            given = ((audio.get(way) or {}).get("format") or {}).get("type", "audio/pcmu")
+            if given != "audio/pcmu":
+                self.verdict.set_result(f"OpenAI grants {given} as {way} format instead of audio/pcmu")
+                return
+        detection = (audio.get("input") or {}).get("turn_detection") or {}
         self.server_interrupts = detection.get("interrupt_response", True)
         self.server_answers = detection.get("create_response", True)
         self.verdict.set_result("")
@@ -821,17 +841,14 @@ class Call:
                 self.add_text(role, text)
         self.ready = True
         if not self.greeted:
-            words = self.bridge.settings.greeting
-            instructions = f"{self.bridge.settings.instructions}\n\nBegin the call: say exactly this, no more: {words}"
-            self.ask(
-                dump({"type": "response.create", "event_id": self.ASK_ID, "response": {"instructions": instructions}})
-            )
+            who, words = self.bridge.settings.instructions, self.bridge.settings.greeting
+            greeting = {"instructions": f"{who}\n\nBegin the call: say exactly this, no more: {words}"}
+            self.ask(dump({"type": "response.create", "event_id": self.ASK_ID, "response": greeting}))
         elif self.answer_due and not (self.caller_was_speaking or self.turn_ms):  # else it hears the turn's end
             self.ask(self.CREATE_RESPONSE)
         for payload in self.ears:  # the create came before it on the wire: the greeting is first
             self.to_model(payload)
         self.ask_if_free()
-        return None
 
     def session_refused(self, error: Mapping[str, Any]) -> None:
         """An error before the session was granted answers our session.update: nothing of that applies."""
@@ -896,7 +913,8 @@ class Call:
     def from_twilio(self, message: bytes) -> None:
         """One message of Twilio's. Its numbers are strings."""
         if media := self.MEDIA.match(message):  # nearly all messages are of this form; the others are parsed
-            return self.hear(media[2], int(media[1]))
+            self.hear(media[2], int(media[1]))
+            return
         event = json.loads(message)
         match event["event"]:
             case "media":
@@ -912,7 +930,6 @@ class Call:
                 pass  # came before: see Bridge.start_stream
             case unknown:
                 self.log(logging.INFO, "Twilio sent an event that is not known here: %.60r", unknown)
-        return None
 
     def hear(self, payload: bytes, timestamp_ms: int) -> None:
         """The caller's voice, usually 20 ms of it; the timestamp counts from the beginning of the stream."""
@@ -985,7 +1002,8 @@ class Call:
         """One event of OpenAI's. The many that are not named here need nothing."""
         event = json.loads(message)
         if not self.stream_sid and event["type"].startswith("response."):
-            return self.early_speech.append(message)
+            self.early_speech.append(message)
+            return
         match event["type"]:
             case "session.updated":
                 self.session_granted(event.get("session") or {})
@@ -1011,7 +1029,8 @@ class Call:
                 if text:
                     self.emit("caller_said", text=text)
                 if event.get("usage"):
-                    self.emit("model_used", usage=event["usage"], model=self.transcription_model())
+                    asked = self.bridge.wanted_session["audio"]["input"].get("transcription") or {}
+                    self.emit("model_used", usage=event["usage"], model=asked.get("model", ""))
             case "conversation.item.input_audio_transcription.failed":
                 self.emit(
                     "model_failed",
@@ -1036,7 +1055,6 @@ class Call:
 
             case "error":
                 self.on_error(event["error"])
-        return None
 
     def on_error(self, error: Mapping[str, Any]) -> None:
         """Most errors are recoverable, and the session stays open: the call goes on."""
@@ -1058,10 +1076,6 @@ class Call:
         if len(self.history) >= self.HISTORY and item_id not in self.history:
             del self.history[next(iter(self.history))]
         self.history[item_id] = (role, text)
-
-    def transcription_model(self) -> str:
-        session = session_update(self.bridge.settings, [])
-        return str((session["audio"]["input"].get("transcription") or {}).get("model", ""))
 
     # ── 7 Playback ──────────────────────────────────────────────────────────────────────────────────────────────
     #
@@ -1087,13 +1101,15 @@ class Call:
         """A piece of the model's voice."""
         item = self.items.get(item_id)
         if item is None:
-            item = self.items[item_id] = Item(item_id, content_index, response_id, self.session, self.sent, self.sent)
+            at = self.sent
+            item = Item(item_id, content_index, response_id, self.session_number, begins=at, ends=at)
+            self.items[item_id] = item
             self.remember(item_id, "assistant", "")
         item.made += size_of(delta.encode())
         if response_id in self.cut:
             if item.heard_ms is None:  # it began after the barge-in, or had been heard as far as it had come
                 self.truncate(item, self.sent)
-            return None
+            return
         if not self.marks:  # Twilio's queue is empty: this is heard now
             self.played_at = self.loop.time()
         if not self.spoke:
@@ -1112,7 +1128,6 @@ class Call:
         self.to_twilio(*messages)
         if self.bridge.hooks.listens("model_audio"):
             self.emit("model_audio", mulaw=base64.b64decode(delta))
-        return None
 
     def for_twilio(self, event: str, **content: Any) -> bytes:
         return dump({"event": event, "streamSid": self.stream_sid, **content})
@@ -1166,7 +1181,7 @@ class Call:
 
     def truncate(self, item: Item, heard: int) -> None:
         item.heard_ms = (min(max(heard, item.begins), item.ends) - item.begins) // 8
-        if item.session == self.session and self.ready:
+        if item.session_number == self.session_number and self.ready:
             at = {"item_id": item.id, "content_index": item.content_index, "audio_end_ms": item.heard_ms}
             self.to_openai("conversation.item.truncate", **at)
 
@@ -1261,11 +1276,11 @@ class Call:
         text = f"an answer failed ({error.get('code')}: {error.get('message')})"
         self.failures += 1
         if error.get("code") in self.FINAL_ERRORS or self.failures > len(self.RETRY_PAUSES_S):
-            return self.give_up(text)
-        pause_s = self.RETRY_PAUSES_S[self.failures - 1]
-        self.emit("model_failed", error=f"{text}: asking again in {pause_s:g} s")
-        self.later("retry", pause_s, self.ask, self.asked)
-        return None
+            self.give_up(text)
+        else:
+            pause_s = self.RETRY_PAUSES_S[self.failures - 1]
+            self.emit("model_failed", error=f"{text}: asking again in {pause_s:g} s")
+            self.later("retry", pause_s, self.ask, self.asked)
 
     async def use_tools(self, function_calls: list[dict[str, Any]]) -> None:
         """Run what the model called, side by side; then let it speak, once."""
@@ -1275,10 +1290,10 @@ class Call:
             self.ask(self.CREATE_RESPONSE)
 
     async def use_tool(self, function_call: Mapping[str, Any]) -> None:
-        session, began = self.session, time.monotonic()
+        session_number, began = self.session_number, time.monotonic()
         name, arguments = function_call["name"], function_call.get("arguments") or "{}"
         result = await self.bridge.hooks.run_tool(self, name, arguments)
-        if session == self.session and self.ready:
+        if session_number == self.session_number and self.ready:
             output = {"type": "function_call_output", "call_id": function_call["call_id"], "output": result}
             self.to_openai("conversation.item.create", item=output)
         else:  # the session that asked is gone; the next one is told in words
@@ -1381,7 +1396,7 @@ class Leg(Connection):
         self.parts: list[bytes] = []  # of a message that comes in several frames; max_size bounds their sum
         self.cutting = False  # the bytes come to us first
         self.cut_off = b""  # the beginning of a frame whose end has not come
-        self.masks = b""  # random bytes, to mask with
+        self.masks = b""  # random bytes, 4 for each frame that we mask; drawn 1024 at a time
         self.stalled = False  # the peer has stopped reading, and MAX_UNSENT was reached
 
     def deliver_to(self, act: Callable[[bytes], object]) -> None:
@@ -1428,21 +1443,21 @@ class Leg(Connection):
     def process_event(self, event: Any) -> None:
         """The plain way: websockets has a frame; or a handshake or a ping's answer, which are its own business."""
         if not isinstance(event, Frame) or event.opcode in CTRL_OPCODES:
-            return super().process_event(event)
+            super().process_event(event)
+            return
         self.parts.append(bytes(event.data))
         if event.fin:
             message, self.parts = b"".join(self.parts), []
             self.take(message)
-        return None
 
     def take(self, message: bytes) -> None:
         if self.deliver is None:
-            return self.early.append(message)
+            self.early.append(message)
+            return
         try:
             self.deliver(message)
         except Exception:  # the message is not what the protocol says, or we are wrong: the call goes on without it
             log.exception("a message of %s could not be handled: %.300r", self.side, message)
-        return None
 
     def send_now(self, *messages: bytes) -> None:
         """Send text frames, for both sides refuse binary ones: `await self.send(message)` without its wait."""
@@ -1451,10 +1466,12 @@ class Leg(Connection):
         frames: list[bytes] = []
         for message in messages:
             length = len(message)
-            if length < 126 or length > 65535:
-                size = bytes((length,)) if length < 126 else b"\x7f" + length.to_bytes(8, "big")
-            else:
+            if length < 126:
+                size = bytes((length,))
+            elif length < 65536:
                 size = b"\x7e" + length.to_bytes(2, "big")
+            else:
+                size = b"\x7f" + length.to_bytes(8, "big")
             if self.masks_ours:
                 self.masks = self.masks[4:] or secrets.token_bytes(1024)
                 mask = self.masks[:4]
@@ -1513,13 +1530,12 @@ class TwilioLeg(Leg, ServerConnection):
             super().data_received(data)
             return
         if self.deadline is None:
-            self.deadline = self.loop.call_later(
-                FORM_TIMEOUT_S, self.hand_on, b"", (408, "the request did not come to its end")
-            )
+            late = 408, "the request did not come to its end"
+            self.deadline = self.loop.call_later(FORM_TIMEOUT_S, self.refuse, *late)
         self.unread += data
         head, blank_line, rest = self.unread.partition(b"\r\n\r\n")
         if len(head) > HEAD_LIMIT:
-            self.hand_on(b"", (431, f"the head of a request may have {HEAD_LIMIT} bytes"))
+            self.refuse(431, f"the head of a request may have {HEAD_LIMIT} bytes")
         elif blank_line:
             self.read_request(head, rest)
 
@@ -1528,37 +1544,38 @@ class TwilioLeg(Leg, ServerConnection):
         request_line, *lines = head.split(b"\r\n")
         headers = [HEADER_LINE.fullmatch(line) for line in lines]
         if not re.fullmatch(rb"[A-Z]+ [!-~]+ HTTP/1\.[01]", request_line) or None in headers:
-            return self.hand_on(b"", (400, "that is not a well-formed HTTP request"))
+            self.refuse(400, "that is not a well-formed HTTP request")
+            return
 
         def values(name: bytes) -> set[bytes]:
-            return {header[2].strip() for header in headers if header and header[1].lower() == name}
+            return {header[2].strip().lower() for header in headers if header and header[1].lower() == name}
 
-        lengths = values(b"content-length")
+        lengths = values(b"content-length") or {b"0"}
         if values(b"transfer-encoding"):
-            return self.hand_on(b"", (411, "send a Content-Length instead of a Transfer-Encoding"))
-        if len(lengths) > 1 or not all(re.fullmatch(rb"\d{1,18}", length) for length in lengths):
-            return self.hand_on(b"", (400, "Content-Length is not one number"))
-        length = int(lengths.pop()) if lengths else 0
-        if length > FORM_LIMIT:
-            return self.hand_on(b"", (413, f"the body may have {FORM_LIMIT} bytes"))
-        if len(rest) < length:
-            if (expected := values(b"expect")) and not self.continued and request_line.endswith(b"1.1"):
-                if {value.lower() for value in expected} != {b"100-continue"}:
-                    return self.hand_on(b"", (417, "only 100-continue can be expected"))
-                self.continued = True
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return None  # more is to come
-        self.form_body = rest[:length]
-        kept = [h[0] for h in headers if h and h[1].lower() not in (b"content-length", b"expect")]
-        upgrade = b"" if length or not values(b"upgrade") else rest  # a stream's first frames; else nothing may follow
-        return self.hand_on(b"\r\n".join([request_line, *kept]) + b"\r\n\r\n" + upgrade)
+            self.refuse(411, "send a Content-Length instead of a Transfer-Encoding")
+        elif len(lengths) > 1 or not all(re.fullmatch(rb"\d{1,18}", length) for length in lengths):
+            self.refuse(400, "Content-Length is not one number")
+        elif (length := int(lengths.pop())) > FORM_LIMIT:
+            self.refuse(413, f"the body may have {FORM_LIMIT} bytes")
+        elif len(rest) >= length:
+            self.form_body = rest[:length]
+            kept = [h[0] for h in headers if h and h[1].lower() not in (b"content-length", b"expect")]
+            frames = rest if values(b"upgrade") and not length else b""  # a stream's first; else nothing may follow
+            self.hand_on(b"\r\n".join([request_line, *kept]) + b"\r\n\r\n" + frames)
+        elif not self.continued and values(b"expect") == {b"100-continue"} and request_line.endswith(b"1.1"):
+            self.continued = True
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def hand_on(self, request: bytes, refusal: tuple[int, str] | None = None) -> None:
-        """Give websockets the request; one that it could not parse is replaced, and refused by process_request."""
-        self.refusal, self.unread = refusal, None
+    def hand_on(self, request: bytes) -> None:
+        self.unread = None
         if self.deadline is not None:
             self.deadline.cancel()
-        super().data_received(b"GET / HTTP/1.1\r\n\r\n" if refusal else request)
+        super().data_received(request)
+
+    def refuse(self, status: int, why: str) -> None:
+        """websockets could not parse it: it gets another request, which `Bridge.route` refuses."""
+        self.refusal = status, why
+        self.hand_on(b"GET / HTTP/1.1\r\n\r\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.deadline is not None:
@@ -1701,34 +1718,29 @@ async def run(settings: Settings, hooks: Any) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        async with open_line(bridge, settings.host, port):
-            log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)
-            if "/" in hooks.pages and not settings.twilio_auth_token:
-                page = f"http://localhost:{port}/"
-                log.info("to talk to it from this computer, open %s in a browser", page)
-                if "--open" in sys.argv:
-                    webbrowser.open(page)
-            # What the start has made stays, and nearly all that a call makes dies by its reference count: the garbage
-            # collector may look less often, which saves a tenth of the CPU.
-            gc.freeze()
-            gc.set_threshold(20_000, 20, 20)
-            background = [loop.create_task(measure_loop_delay(bridge)), loop.create_task(batch_reads(bridge))]
-            await stop.wait()
-            bridge.draining = True
-            log.info(
-                "stopping: %d calls go on for up to %g s, new ones are refused",
-                len(bridge.calls),
-                settings.drain_seconds,
-            )
-            await drain(bridge)
-            for task in background:
-                task.cancel()
+        server = await open_line(bridge, settings.host, settings.port)
     except OSError as fault:
-        print(
-            f"bridge.py: cannot listen on port {port}: {fault.strerror}. Set PORT to a free one",
-            file=sys.stderr,
-        )
+        print(f"bridge.py: cannot listen on port {port}: {fault.strerror}. Set PORT to a free one", file=sys.stderr)
         return 1
+    async with server:
+        log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)
+        if "/" in hooks.pages and not settings.twilio_auth_token:
+            page = f"http://localhost:{port}/"
+            log.info("to talk to it from this computer, open %s in a browser", page)
+            if "--open" in sys.argv:
+                webbrowser.open(page)
+        # What the start has made stays, and nearly all that a call makes dies by its reference count: the garbage
+        # collector may look less often, which saves a tenth of the CPU.
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
+        background = [loop.create_task(measure_loop_delay(bridge)), loop.create_task(batch_reads(bridge))]
+        await stop.wait()
+        bridge.draining = True
+        patience_s = settings.drain_seconds
+        log.info("stopping: %d calls go on for up to %g s, new ones are refused", len(bridge.calls), patience_s)
+        await drain(bridge)
+        for task in background:
+            task.cancel()
     await asyncio.to_thread(hooks.close, 10.0)
     return 0
 
@@ -1739,6 +1751,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.ERROR)
     try:
+        if unknown := [argument for argument in sys.argv[1:] if argument != "--open"]:
+            usage = "give none, or --open for the browser phone; settings are environment variables, see README.md"
+            raise ValueError(f"the argument {unknown[0]!r} is not known: {usage}")
         settings = read_settings(os.environ)
         hooks = load_hooks(settings.hooks)
         if without_openai(settings) and hooks.stand_in is None:
