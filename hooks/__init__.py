@@ -159,9 +159,10 @@ class Host:
         except (Exception, SystemExit) as fault:
             if limit.expired():
                 log.error("tool %s took longer than %g s", name, TOOL_TIMEOUT_S)
-                return f"Error: {name} did not answer within {TOOL_TIMEOUT_S:g} seconds."
-            log.exception("tool %s failed", name)
-            return f"Error: {type(fault).__name__}: {fault}"
+                text = f"Error: {name} did not answer within {TOOL_TIMEOUT_S:g} seconds."
+            else:
+                log.exception("tool %s failed", name)
+                text = f"Error: {type(fault).__name__}: {fault}"
         return text[:MAX_RESULT]
 
     def close(self, timeout_s: float) -> None:

@@ -620,9 +620,13 @@ async def test_what_a_tool_returns_becomes_text_or_json_with_japanese_as_it_is(
     assert await host.run_tool(PretendCall(), "tool", "{}") == text
 
 
-@pytest.mark.parametrize("result", ["'あ' * 50_000", "['あ' * 50_000]"])
-async def test_a_long_result_is_cut(load: LoadFiles, hooks_host: ModuleType, result: str) -> None:
-    host = load(tools=f"def tool():\n    'It.'\n    return {result}\nTOOLS = [tool]")
+@pytest.mark.parametrize(
+    "outcome", ["return 'あ' * 50_000", "return ['あ' * 50_000]", "raise ValueError('あ' * 50_000)"]
+)
+async def test_a_long_result_is_cut_and_so_is_a_long_fault(
+    load: LoadFiles, hooks_host: ModuleType, outcome: str
+) -> None:
+    host = load(tools=f"def tool():\n    'It.'\n    {outcome}\nTOOLS = [tool]")
     text = await host.run_tool(PretendCall(), "tool", "{}")
     assert len(text) == hooks_host.MAX_RESULT == 16_000 and text.endswith("ああ")
 
