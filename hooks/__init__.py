@@ -156,7 +156,10 @@ class Host:
                 if inspect.iscoroutine(result):
                     result = await result
             text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        except (Exception, SystemExit) as fault:
+        except (Exception, SystemExit, asyncio.CancelledError) as fault:
+            task = asyncio.current_task()
+            if isinstance(fault, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the call has ended; otherwise something that the tool waited for was cancelled
             if limit.expired():
                 log.error("tool %s took longer than %g s", name, TOOL_TIMEOUT_S)
                 text = f"Error: {name} did not answer within {TOOL_TIMEOUT_S:g} seconds."
@@ -237,7 +240,7 @@ class HookFile:
                 if inspect.iscoroutine(result):
                     assert self.loop is not None
                     asyncio.run_coroutine_threadsafe(without_exit(result), self.loop).result()
-            except (Exception, SystemExit):
+            except BaseException:  # whatever it is, the next event must find this thread alive
                 log.exception("hooks/%s.py: %s failed; the call goes on", self.name, event)
 
 

@@ -210,9 +210,11 @@ def test_an_event_that_no_file_handles_is_listened_to_by_nobody(load: LoadFiles,
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+CANCELLED = "raise __import__('asyncio').CancelledError"  # as of a task that is awaited and was cancelled elsewhere
+
 
 @pytest.mark.parametrize("kind", ["def", "async def"])
-@pytest.mark.parametrize("fault", ["1 / 0", "raise SystemExit", "next(iter(()))", "call.nothing"])
+@pytest.mark.parametrize("fault", ["1 / 0", "raise SystemExit", CANCELLED, "next(iter(()))", "call.nothing"])
 async def test_what_a_hook_raises_is_logged_with_file_and_event_and_the_next_event_is_delivered(
     load: LoadFiles, errors: Errors, kind: str, fault: str
 ) -> None:
@@ -521,6 +523,7 @@ async def test_an_unknown_tool_is_told_to_the_model(load: LoadFiles) -> None:
         ("{}['key']", "Error: KeyError: 'key'"),
         ("raise TimeoutError('the server is slow')", "Error: TimeoutError: the server is slow"),  # its own limit
         ("raise SystemExit('no')", "SystemExit"),
+        (CANCELLED, "CancelledError"),
         ("next(iter(()))", "StopIteration"),
         ("return {(1, 2): 3}", "Error: TypeError"),  # this has no JSON
         ("x = []; x.append(x); return x", "Error: ValueError"),  # nor has this
