@@ -122,7 +122,10 @@ class Host:
                 self.tools.append(schema)
                 self.functions[schema["name"]] = function
         for route, page in pages.items():
-            self.pages[route] = serve_page(page)
+            if isinstance(page, Path) or (callable(page) and not inspect.iscoroutinefunction(page)):
+                self.pages[route] = serve_page(page)
+            else:
+                log.error("hooks/%s.py: page %s is left out: give a pathlib.Path or a plain function", name, route)
         self.stand_in = getattr(module, "STAND_IN", None) or self.stand_in
 
     def listens(self, event: str) -> bool:

@@ -727,6 +727,16 @@ async def test_a_page_that_fails_is_answered_with_500_and_the_log_says_why(
     assert len(errors()) == 1 and "/page" in errors()[0]
 
 
+@pytest.mark.parametrize("page", ["page = 'page.html'", "page = None", "async def page(query): return ''"])
+def test_a_page_that_is_neither_path_nor_plain_function_is_left_out_with_an_error_line_and_the_others_work(
+    load: LoadFiles, errors: Errors, page: str
+) -> None:
+    host = load(pages=f"{page}\ndef good(query): return 'good'\nPAGES = {{'/page': page, '/good': good}}")
+    assert list(host.pages) == ["/good"]
+    (line,) = errors()
+    assert "hooks/pages.py: page /page is left out" in line and "pathlib.Path" in line
+
+
 async def test_a_page_that_takes_too_long_is_answered_with_500_and_holds_up_nothing(
     load: LoadFiles, hooks_host: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
