@@ -411,6 +411,18 @@ async def test_the_browser_phone_warns_where_twilio_would() -> None:
 
 
 @in_a_browser
+async def test_what_the_bridge_tells_stands_on_the_page_as_it_is_and_only_why_a_call_ended_is_translated() -> None:
+    tool = {"name": "call", "arguments": "constructor", "result": "lost", "seconds": 0.5}  # the page knows such words
+    async with telephone(PretendModel(b"")) as address, browser(address) as page:
+        await page.value(f"HAPPENED.tool_used({{}}, {json.dumps(tool)})")
+        assert await page.text("#log") == "Tool call constructor → lost (0.50 s)"
+        await page.value("HAPPENED.call_ended({}, {reason: 'time limit'})")
+        assert await page.text("#log p:last-child") == "The call has ended: its time was up."
+        await page.click("#languages button:first-child")
+        assert await page.text("#log p:last-child") == "通話が終わりました(時間切れです)。"
+
+
+@in_a_browser
 async def test_without_a_microphone_the_browser_phone_says_so_and_listens() -> None:
     model = PretendModel(mulaw(voice(0.5, 210)))
     async with telephone(model) as address, browser(address, None, "ja") as page:  # it has none
