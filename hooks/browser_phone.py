@@ -8,15 +8,15 @@ Settings: none of its own. OPENAI_API_KEY, OPENAI_REALTIME_URL and OPENAI_REALTI
 while TWILIO_AUTH_TOKEN is set the bridge takes signed calls only, and a browser cannot sign.
 
 Nothing is written to disk. Of a call that a page asks about, and of no other, the last events are kept in memory until
-five minutes after the page asked last.
+five minutes after its end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 MAX_EVENTS = 500  # of one call: a page that polls several times a second never misses one
-MAX_WATCHED = 20  # calls: as many pages, at once or within FORGET_S
-FORGET_S = 300.0
+MAX_WATCHED = 20  # calls; of more, the one that was asked about longest ago is forgotten
+FORGET_S = 300.0  # after the end of a call
 MAX_TEXT = 2000  # characters of a tool's arguments or result: enough to read on a page
 
 URL = os.environ.get("OPENAI_REALTIME_URL", "").strip()
@@ -38,8 +38,7 @@ STAND_IN_ANSWERS = not (URL or os.environ.get("OPENAI_API_KEY", "").strip())
 class Watched:
     """A call that a page asks about."""
 
-    asked_at: float = 0.0  # when it did so last (time.monotonic(), s)
-    started_at: float | None = None  # call_started; the page's times count from there
+    started_at: float | None = None  # call_started (time.monotonic(), s); the page's times count from there
     count: int = 0  # of events so far
     events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=MAX_EVENTS))
 
@@ -54,14 +53,11 @@ def events(query: dict[str, str]) -> dict[str, Any]:
     answer: dict[str, Any] = {"model": MODEL, "stand_in": STAND_IN_ANSWERS, "events": []}
     if not re.fullmatch(r"CA[0-9a-f]{32}", sid):
         return answer
-    now = time.monotonic()
     with lock:
         watched = watched_calls.pop(sid, None) or Watched()
-        watched.asked_at = now
         watched_calls[sid] = watched
-        for old, other in list(watched_calls.items()):
-            if len(watched_calls) > MAX_WATCHED or now - other.asked_at > FORGET_S:
-                del watched_calls[old]
+        if len(watched_calls) > MAX_WATCHED:
+            del watched_calls[next(iter(watched_calls))]
         known = int(after) if after.isdecimal() else 0
         return answer | {"events": [event for event in watched.events if event["n"] > known]}
 
@@ -116,8 +112,14 @@ def key_pressed(call: Any, at: float, key: str) -> None:
     keep(call, at, "key_pressed", key=key)
 
 
-def call_ended(call: Any, at: float, reason: str) -> None:
+async def call_ended(call: Any, at: float, reason: str) -> None:  # on the loop, where a timer is one line
     keep(call, at, "call_ended", reason=reason)
+    asyncio.get_running_loop().call_later(FORGET_S, forget, call.sid)
+
+
+def forget(sid: str) -> None:
+    with lock:
+        watched_calls.pop(sid, None)
 
 
 PAGES = {"/": Path(__file__).with_name("_browser_phone.html"), "/browser-phone/events": events}

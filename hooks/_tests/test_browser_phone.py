@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HOOKS, Event, LoadHook, PretendCall
+from conftest import HOOKS, Event, LoadHook, PretendCall, until
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 from websockets.exceptions import ConnectionClosed
@@ -601,7 +601,7 @@ async def test_of_calls_that_no_page_asks_about_nothing_is_kept(hook: LoadHook) 
     assert list(phone.module.watched_calls) == [SID]
 
 
-async def test_the_page_forgets_old_events_and_old_calls(hook: LoadHook, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_page_forgets_old_events_and_old_calls(hook: LoadHook) -> None:
     phone = hook("browser_phone")
     events = phone.module.events
     events({"call": SID})
@@ -609,11 +609,17 @@ async def test_the_page_forgets_old_events_and_old_calls(hook: LoadHook, monkeyp
     assert [event["n"] for event in events({"call": SID})["events"]] == list(range(101, 601))
     for n in range(30):
         events({"call": f"CA{n:032x}"})
-    assert len(phone.module.watched_calls) == 20
-    later = time.monotonic() + 301
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    events({"call": SID})
-    assert list(phone.module.watched_calls) == [SID]
+    assert list(phone.module.watched_calls) == [f"CA{n:032x}" for n in range(10, 30)]
+
+
+async def test_a_while_after_its_end_nothing_is_left_of_a_call_though_no_page_asks_again(hook: LoadHook) -> None:
+    phone = hook("browser_phone")
+    assert phone.module.FORGET_S == 300
+    phone.module.FORGET_S = 0.5
+    phone.module.events({"call": SID})
+    await phone.tell_all(PretendCall(SID), ("caller_said", {"text": "秘密"}), ("call_ended", {"reason": "hung up"}))
+    assert [event["event"] for event in phone.module.events({"call": SID})["events"]] == ["caller_said", "call_ended"]
+    await until(lambda: not phone.module.watched_calls)
 
 
 @pytest.mark.parametrize(
