@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +23,20 @@ from typing import Any
 
 log = logging.getLogger("transcript")
 
-FOLDER = Path(os.environ["TRANSCRIPTS"]) if os.environ.get("TRANSCRIPTS") else None
-FORMAT = os.environ.get("TRANSCRIPT_FORMAT") or "md"
 PATIENCE_S = 20.0  # transcribing takes a few seconds: what is not there by then will not come
 
-try:
-    if FORMAT not in ("md", "jsonl"):
-        raise ValueError(f"TRANSCRIPT_FORMAT is {FORMAT!r}: set it to md or jsonl")
-    if FOLDER:
-        FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
-except (OSError, ValueError) as fault:
-    log.error("no file is written to TRANSCRIPTS: %s", fault)
-    FOLDER = None
+FOLDER = os.environ.get("TRANSCRIPTS", "").strip()
+FORMAT = os.environ.get("TRANSCRIPT_FORMAT") or "md"
+if FORMAT not in ("md", "jsonl"):
+    log.error("TRANSCRIPT_FORMAT is %r: set it to md or jsonl. No file is written", FORMAT)
+    FOLDER = ""
+if FOLDER:
+    try:
+        Path(FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=FOLDER).close()
+    except OSError as fault:
+        log.error("TRANSCRIPTS: %s. Name a folder that can be written to. No file is written", fault)
+        FOLDER = ""
 
 
 @dataclass
@@ -62,7 +65,7 @@ def call_started(call: Any, at: float) -> None:
     if FOLDER:
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         stamp, sid = (re.sub(r"[^A-Za-z0-9]", "", text) for text in (began, call.sid))
-        path = FOLDER / f"{stamp}-{sid}.{FORMAT}"
+        path = Path(FOLDER, f"{stamp}-{sid}.{FORMAT}")
         path.touch(mode=0o600)
         transcript.path = path
         caller, called = masked(call.caller), masked(call.called)

@@ -129,11 +129,19 @@ async def test_a_transcript_is_written_as_json_lines_on_request(hook: LoadHook, 
     assert [line["side"] for line in lines] == ["model", "caller", "model", "caller", "model"]
 
 
-async def test_a_wrong_transcript_setting_is_one_clear_error_and_no_file(hook: LoadHook, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+async def test_a_wrong_transcript_format_is_one_clear_error_and_no_file(hook: LoadHook, tmp_path: Path) -> None:
     wrong_format = hook("transcript", TRANSCRIPTS=tmp_path / "t", TRANSCRIPT_FORMAT="pdf")
     assert len(wrong_format.log) == 1 and "md or jsonl" in wrong_format.log[0]
     assert not (tmp_path / "t").exists()
-    wrong_folder = hook("transcript", TRANSCRIPTS=tmp_path / "file", TRANSCRIPT_FORMAT="md")
-    await wrong_folder.tell_all(PretendCall(), *conversation(*CALL))
-    assert "TRANSCRIPTS" in wrong_folder.log[1] and len(wrong_folder.log) == 2 + 5
+
+
+@pytest.mark.parametrize("folder", ["file", "/proc"])  # the second is there, and nobody can write to it
+async def test_a_folder_that_takes_no_transcripts_is_one_error_at_the_start_and_the_words_are_logged_all_the_same(
+    hook: LoadHook, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    transcript = hook("transcript", TRANSCRIPTS=f" {tmp_path / folder} ")
+    (error,) = transcript.errors
+    assert "TRANSCRIPTS" in error and "Name a folder that can be written to" in error
+    await transcript.tell_all(PretendCall(), *conversation(*CALL))
+    assert len(transcript.log) == 1 + 5
