@@ -748,7 +748,7 @@ async def converse(connection: ServerConnection) -> None:
     assert connection.request is not None
     model = parse_qs(urlsplit(connection.request.path).query).get("model", [""])[0]
     # `broadcast` writes without waiting. What piles up when a client does not read is bounded by its own turn's length.
-    session = Parrot(lambda event: broadcast([connection], json.dumps(event, ensure_ascii=False)), model)
+    session = Parrot(lambda event: broadcast([connection], json.dumps(event)), model)
     why, code = None, 4000
     if "OpenAI-Beta" in connection.request.headers:
         why = Refused("beta_api_shape_disabled", "The beta's events are not spoken any more: leave out OpenAI-Beta.")

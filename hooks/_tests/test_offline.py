@@ -518,6 +518,15 @@ async def test_a_wrong_dial_is_accepted_told_and_closed_with_4000(
         assert (openai.close_code, openai.close_reason) == (4000, f"invalid_request_error.{code}")
 
 
+async def test_half_an_emoji_which_json_allows_does_not_end_the_session(offline: StandIn) -> None:
+    item = {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "半分 \ud83d"}]}
+    async with asyncio.timeout(3), offline.served() as url, connect(url + "?model=m", proxy=None) as openai:
+        await openai.recv()  # session.created
+        await openai.send(json.dumps({"type": "conversation.item.create", "item": item}))
+        added = json.loads(await openai.recv())
+    assert added["item"]["content"] == item["content"]
+
+
 async def talk(url: str, said: bytes) -> tuple[bytes, bytes]:
     """What one caller said between the times that the server gives, and what came back as the second item."""
     start = end = 0
