@@ -54,6 +54,7 @@ class Line:
 @dataclass
 class Transcript:
     began: float  # s
+    said_until: float  # s, the end of what the model said last
     path: Path | None = None
     lines: list[Line] = field(default_factory=list)  # that are not written yet, in the order of speaking
     caller_spoke_at: float = 0.0  # s
@@ -61,7 +62,7 @@ class Transcript:
 
 
 def call_started(call: Any, at: float) -> None:
-    transcript = call.notes["transcript"] = Transcript(at)
+    transcript = call.notes["transcript"] = Transcript(at, said_until=at)
     if FOLDER:
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         stamp, sid = (re.sub(r"[^A-Za-z0-9]", "", text) for text in (began, call.sid))
@@ -101,6 +102,7 @@ def model_spoke(call: Any, at: float) -> None:
 
 def model_said(call: Any, at: float, text: str, heard_ms: int | None) -> None:
     take_words(call, at, "model", text, heard_ms)
+    call.notes["transcript"].said_until = at
 
 
 def call_ended(call: Any) -> None:
@@ -110,10 +112,11 @@ def call_ended(call: Any) -> None:
 
 def take_words(call: Any, at: float, side: str, text: str, heard_ms: int | None = None) -> None:
     """Give words to the first line of this side that waits for some; then write what need not wait any more."""
-    lines = call.notes["transcript"].lines
+    transcript = call.notes["transcript"]
+    lines = transcript.lines
     line = next((line for line in lines if line.side == side and line.waits(at)), None)
-    if line is None:  # the second item of an answer
-        line = Line(side, at)
+    if line is None:  # the model's is the second item of an answer; the caller's comes too late for its turn
+        line = Line(side, transcript.said_until if side == "model" else at)
         lines.append(line)
     line.text, line.heard_ms = text, heard_ms
     while lines and not lines[0].waits(at):

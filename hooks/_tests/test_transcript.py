@@ -41,10 +41,10 @@ async def test_a_line_is_logged_as_soon_as_it_and_all_before_it_are_known(hook: 
 async def test_an_empty_transcription_does_not_take_the_words_of_the_next_turn(hook: LoadHook) -> None:
     transcript, call = hook("transcript"), PretendCall()
     steps = ["1 caller_spoke", "2 caller_paused", "3 caller_spoke", "4 caller_paused"]
+    steps += ["4.4 model_used model=gpt-transcribe"]  # the first was a cough
     steps += ["4.5 caller_said text=もしもし", "4.5 model_used model=gpt-transcribe"]
-    steps += ["5 caller_spoke", "6 caller_paused", "6.5 model_used model=gpt-transcribe"]  # a cough
+    steps += ["5 caller_spoke", "6 caller_paused", "6.5 model_used model=gpt-transcribe"]  # a cough as well
     steps += ["7 caller_spoke", "8 caller_paused", "8.1 model_used model=gpt-realtime", "8.5 caller_said text=東京"]
-    steps[4:4] = ["4.4 model_used model=gpt-transcribe"]  # the first was a cough as well
     events = conversation(*steps)
     for event, _, facts in events:
         if event == "model_used":
@@ -79,13 +79,15 @@ async def test_a_transcription_that_never_comes_neither_holds_up_the_log_nor_shi
     assert transcript.log == ["CA1 caller: (no words)", "CA1 model: はい", "CA1 caller: 東京"]
 
 
-async def test_a_second_item_of_an_answer_stands_behind_the_first(hook: LoadHook) -> None:
-    transcript = hook("transcript")
+async def test_a_second_item_of_an_answer_begins_where_the_first_has_ended(hook: LoadHook, tmp_path: Path) -> None:
+    transcript = hook("transcript", TRANSCRIPTS=tmp_path, TRANSCRIPT_FORMAT="jsonl")
     steps = ["1 model_spoke", "2 model_said text=一つ目 heard_ms=None", "3 caller_spoke"]
     steps += ["3 model_said text=二つ目 heard_ms=800", "4 caller_paused", "5 caller_said text=あの"]
     steps += ["5.1 model_said text=聞こえず heard_ms=0"]  # was cut off before its first sound
     await transcript.tell_all(PretendCall(), *conversation(*steps))
     assert transcript.log == ["CA1 model: 一つ目", "CA1 model: 二つ目 [cut off: 800 ms heard]", "CA1 caller: あの"]
+    (file,) = tmp_path.iterdir()
+    assert [json.loads(line)["at_s"] for line in file.read_text().splitlines()[1:]] == [1.0, 2.0, 3.0]
 
 
 async def test_a_turn_that_a_lost_session_left_open_is_one_turn(hook: LoadHook) -> None:
