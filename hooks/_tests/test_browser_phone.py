@@ -337,6 +337,24 @@ async def test_who_speaks_over_the_model_in_the_browser_hears_it_stop() -> None:
         assert "interrupted:" in await page.text(".turn.model") and await page.text(".turn.model del")
 
 
+HANGS_UP = """
+(() => {
+  const talk = {callerTurns: [], modelTurns: [], pausedAt: null, latencies: []};
+  HAPPENED.model_spoke(talk, {at_ms: 0});
+  HAPPENED.model_said(talk, {at_ms: 3000, text: "こんにちは。", heard_ms: 3000});
+  HAPPENED.model_said(talk, {at_ms: 3000, text: "何も。", heard_ms: 0});
+})()
+"""
+
+
+@in_a_browser
+async def test_of_an_answer_that_the_caller_hangs_up_on_nothing_is_struck_out_that_may_have_been_heard() -> None:
+    async with telephone(PretendModel(b"")) as address, browser(address) as page:
+        await page.value(HANGS_UP)
+        assert await page.text(".turn.model .cut") == "interrupted: 3.00 s of ? s heard"
+        assert await page.value("[...document.querySelectorAll('del')].map(d => d.lastChild.data)") == ["何も。"]
+
+
 @in_a_browser
 async def test_keys_and_hanging_up_in_the_browser_reach_the_bridge() -> None:
     model = PretendModel(mulaw(voice(12, 210)))
