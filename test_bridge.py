@@ -71,7 +71,7 @@ async def until(true: Callable[[], Any], within_s: float = 5.0, why: str = "") -
         await asyncio.sleep(0.005)
 
 
-# ── The pretend Twilio ──────────────────────────────────────────────────────────────────────────────────────────
+# ── The pretend Twilio ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PretendTwilio:
@@ -245,7 +245,7 @@ class PretendTwilio:
         return await self.post("/twilio/next", CallStatus="in-progress")
 
 
-# ── The pretend OpenAI ──────────────────────────────────────────────────────────────────────────────────────────
+# ── The pretend OpenAI ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PretendSession:
@@ -450,7 +450,7 @@ class PretendOpenAI:
         return session
 
 
-# ── The bridge between them ─────────────────────────────────────────────────────────────────────────────────────
+# ── The bridge between them ───────────────────────────────────────────────────────────────────────────────────
 
 
 class Spy:
@@ -576,7 +576,103 @@ def form_request(body: bytes, *headers: str, path: str = "/twilio/voice", method
 FORM = urlencode({"CallSid": "CA5", "From": CALLER, "To": CALLED, "CallerName": ""}).encode()
 
 
-# ── Answering ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 1 Settings ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+KEY = {"OPENAI_API_KEY": "sk-secret"}
+
+
+def test_settings_come_from_the_environment_and_empty_ones_are_unset_where_that_is_no_choice() -> None:
+    env = {"OPENAI_API_KEY": "k", "PORT": "", "GREETING": "", "HOOKS": "", "MAX_CALLS": "7", "VOICE": " cedar "}
+    settings = bridge.read_settings({**env, "FLY_APP_NAME": "my-app", "SESSION": '{"tracing":"auto"}'})
+    assert (settings.port, settings.greeting, settings.hooks, settings.max_calls) == (8080, "", "", 7)
+    assert (settings.public_base_url, settings.voice) == ("https://my-app.fly.dev", "cedar")
+    assert settings.session == {"tracing": "auto"}
+    assert bridge.read_settings({**env, "PUBLIC_BASE_URL": "https://x.example/"}).public_base_url == "https://x.example"
+    assert bridge.Settings().hooks is None
+
+
+def test_an_empty_setting_is_its_default_except_where_it_means_none() -> None:
+    names = [field.name for field in dataclasses.fields(bridge.Settings)]
+    settings = bridge.read_settings({**{name.upper(): "" for name in names}, **KEY})
+    none = {"greeting": "", "transcription_model": "", "hooks": "", "openai_api_key": "sk-secret"}
+    assert settings == dataclasses.replace(bridge.Settings(), **none)
+
+
+def test_the_public_address_is_the_one_given_or_that_of_fly() -> None:
+    fly = {**KEY, "FLY_APP_NAME": "my-app"}
+    assert bridge.read_settings(fly).public_base_url == "https://my-app.fly.dev"
+    given = bridge.read_settings({**fly, "PUBLIC_BASE_URL": "https://a.example:8443/phone/"})
+    assert given.public_base_url == "https://a.example:8443/phone"
+
+
+def test_session_is_a_merge_patch_over_the_session() -> None:
+    patch = json.loads(
+        '{"audio":{"input":{"transcription":null,"noise_reduction":{"type":"near_field"}}},"tracing":"auto"}'
+    )
+    session = bridge.session_update(bridge.Settings(session=patch), [])
+    assert "transcription" not in session["audio"]["input"] and session["audio"]["output"]["voice"] == "marin"
+    assert session["audio"]["input"]["noise_reduction"] == {"type": "near_field"} and session["tracing"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("target", "patch", "result"),  # examples of RFC 7396, appendix A
+    [
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": "foo"}, {"b": {"c": None}}, {"a": "foo", "b": {}}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+    ],
+)
+def test_a_merge_patch_is_that_of_the_rfc(target: Any, patch: Any, result: Any) -> None:
+    assert bridge.merge_patch(target, patch) == result
+
+
+def run_bridge(env: dict[str, str], folder: Path = HERE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "bridge.py"]
+    return subprocess.run(command, cwd=folder, env=clean(env), capture_output=True, text=True, timeout=10)
+
+
+def clean(env: dict[str, str]) -> dict[str, str]:
+    """The environment of a bare machine, with these variables."""
+    ours = {field.name.upper() for field in dataclasses.fields(bridge.Settings)} | {"FLY_APP_NAME"}
+    return {name: value for name, value in os.environ.items() if name not in ours} | env
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("PORT", "70000"),
+        ("PORT", "0"),
+        ("PORT", "http"),
+        ("MAX_CALLS", "-1"),
+        ("MAX_CALL_SECONDS", "nan"),
+        ("DRAIN_SECONDS", "soon"),
+        ("SESSION", "[1]"),
+        ("SESSION", "{"),
+        ("SESSION", '{"audio":{"input":{"format":{"type":"audio/pcm","rate":24000}}}}'),
+        ("SESSION", '{"audio":null}'),
+        ("PUBLIC_BASE_URL", "http://my-app.fly.dev"),
+        ("PUBLIC_BASE_URL", "my-app.fly.dev"),
+        ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
+        ("PUBLIC_BASE_URL", "http://user:sk-secret@my-app.fly.dev"),
+        ("OPENAI_REALTIME_URL", "https://user:sk-secret@api.openai.com/v1/realtime"),
+        ("HOOKS", "log,lgo"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, value: str) -> None:
+    done = run_bridge({"OPENAI_API_KEY": "sk-secret", name: value})
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and name in line and "Traceback" not in line and "sk-secret" not in line
+
+
+def test_a_hook_that_is_not_there_stops_the_start() -> None:
+    with pytest.raises(ValueError, match="HOOKS"):
+        bridge.load_hooks("no_such_hook")
+
+
+# ── 2 Answer: the webhook, and what comes after the stream ──────────────────────────────────────────────────────
 
 
 async def test_the_webhook_is_answered_with_the_twiml_that_twilios_own_package_would_build() -> None:
@@ -600,84 +696,84 @@ async def test_a_webhook_is_also_answered_when_it_comes_by_get_and_says_that_it_
         assert "CA9" in line.bridge.calls
 
 
-@pytest.mark.parametrize("size", [1, 7, 10_000])
-async def test_a_form_may_come_in_any_number_of_segments(size: int) -> None:
+async def test_a_webhook_that_is_delivered_twice_is_one_call() -> None:
     async with a_line() as line:
-        request = form_request(FORM)
-        segments = [request[i : i + size] for i in range(0, len(request), size)]
-        status, _, body = parse_http(await raw(line.port, *segments, pause_s=0.001))
-        assert status == 200 and "<Stream" in body and "CA5" in line.bridge.calls
+        twilio = line.caller()
+        first, second = await twilio.post("/twilio/voice"), await twilio.post("/twilio/voice")
+        assert first == second
+        await twilio.calls()
+        await line.openai.session()
+        await asyncio.sleep(0.05)
+        assert len(line.openai.sessions) == 1
+        await twilio.hangs_up()
 
 
-async def test_a_form_that_waits_for_100_continue_is_told_to_go_on() -> None:
+async def test_a_caller_with_an_unspeakable_name_gets_twiml_that_is_xml() -> None:
     async with a_line() as line:
-        reader, writer = await asyncio.open_connection("127.0.0.1", line.port)
-        writer.write(form_request(FORM, "Expect: 100-continue")[: -len(FORM)])
-        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        writer.write(FORM)
-        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-        writer.close()
+        form = urlencode({"CallSid": "CA1", "From": "sip:\0\x0b\x1f\ufffe<&\"'>鈴木@x"})
+        twiml = (await http(line.port, "POST", "/twilio/voice", form))[2]
+        values = [p.attrib["value"] for p in ElementTree.fromstring(twiml).iter("Parameter")]
+        assert values[1] == "sip:<&\"'>鈴木@x"
 
 
-HOST = b"Host: localhost\r\n"
+async def test_further_callers_than_max_calls_hear_that_the_line_is_busy_and_disturb_nobody() -> None:
+    async with a_call(max_calls=1) as (twilio, openai, line):
+        answer = await line.caller().post("/twilio/voice")
+        assert "<Say" in answer and "<Hangup/>" in answer and "<Stream" not in answer
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        assert len(line.openai.sessions) == 1
 
 
-@pytest.mark.parametrize(
-    ("request_bytes", "status"),
-    [
-        (b"POST /twilio/voice HTTP/1.0\r\nContent-Length: 0\r\n\r\n", 200),
-        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"\r\n", 200),
-        (form_request(b"CallSid=CA6&x=" + b"y" * (65536 - 14)), 200),
-        (form_request(b"CallSid=CA7", "Content-Length: 11"), 200),
-        (form_request(b"CallSid=CA8") + b"POST / HTTP/1.1\r\n\r\n" + b"garbage" * 1000, 200),
-        (form_request(b"y" * 65537), 413),
-        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n", 413),
-        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-        (form_request(b"a=b", "Transfer-Encoding: chunked"), 411),
-        (form_request(b"a=b", "Content-Length: 4"), 400),
-        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n", 400),
-        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"no colon here\r\n\r\n", 400),
-        (b"what is this\r\n\r\n", 400),
-        (form_request(b"a=b", method="PUT"), 405),
-        (form_request(b"", method="DELETE", path="/health"), 405),
-        (form_request(b"a=b", path="/nowhere"), 404),
-        (form_request(b"body", method="GET", path="/health"), 200),
-        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"\r\n", 426),
-        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"y" * 20_000 + b"\r\n\r\n", 431),
-        (b"GET /" + b"y" * 9_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
-    ],
-)
-async def test_every_request_gets_an_http_answer(request_bytes: bytes, status: int) -> None:
+async def test_a_full_house_still_answers_a_second_delivery_and_apologises_to_a_stream_from_elsewhere() -> None:
+    async with a_line(**SIGNED) as other, a_line(**SIGNED, max_calls=1) as line:
+        known, elsewhere = await line.caller().dials(), await other.caller().dials()
+        assert "<Stream" in await known.post("/twilio/voice")
+        elsewhere.port = line.port
+        await (await elsewhere.connects()).starts()
+        assert "込み合って" in await elsewhere.next()
+        assert len(line.bridge.calls) == 1
+
+
+async def test_while_draining_new_callers_are_told_and_calls_that_were_answered_go_on() -> None:
+    async with a_line(**SIGNED) as other, a_line(**SIGNED) as line:
+        known, elsewhere = await line.caller().dials(), await other.caller().dials()
+        line.bridge.draining = True
+        assert "入れ替え" in await line.caller().post("/twilio/voice")
+        assert "<Stream" in await known.post("/twilio/voice")
+        elsewhere.port = line.port
+        await (await elsewhere.connects()).starts()
+        assert "入れ替え" in await elsewhere.next() and not line.bridge.not_yet_asked
+        await (await known.connects()).starts()
+        await until(lambda: line.hooks.calls, 2)
+        assert (await http(line.port, "GET", "/health"))[0] == 503
+        await known.hangs_up()
+
+
+async def test_a_call_that_the_bridge_does_not_know_is_hung_up() -> None:
     async with a_line() as line:
-        assert parse_http(await raw(line.port, request_bytes))[0] == status
+        assert (await line.caller().post("/twilio/next")).endswith("<Response><Hangup/></Response>")
 
 
-async def test_a_body_that_never_comes_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "FORM_TIMEOUT_S", 0.2)
-    async with a_line() as line:
-        for request in (form_request(FORM)[:-1], form_request(FORM)[:30]):
-            assert parse_http(await raw(line.port, request))[0] == 408
+async def test_calls_that_twilio_never_asks_about_again_are_not_remembered_for_ever() -> None:
+    async with a_line(greeting="") as line:
+        twilio = await line.caller().calls()
+        await until(lambda: line.hooks.calls)
+        line.hooks.calls[0].hang_up()
+        await asyncio.wait_for(twilio.socket.wait_closed(), 2)  # and /twilio/next goes to another machine
+        await until(lambda: not line.bridge.calls)
+        assert not line.bridge.not_yet_asked
 
 
-async def test_head_is_answered_without_a_body_and_405_says_what_is_allowed() -> None:
-    async with a_line() as line:
-        status, headers, body = await http(line.port, "HEAD", "/health")
-        assert (status, body) == (200, "") and int(headers["Content-Length"]) > 0
-        status, headers, body = await http(line.port, "HEAD", "/twilio/voice")
-        assert (status, headers["Allow"], body) == (405, "POST, GET", "")
-        assert not line.bridge.calls
+def test_what_is_remembered_of_ended_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "REMEMBERED", 2)
+    memory: dict[str, int] = {}
+    for number in range(5):
+        bridge.keep(memory, str(number), number)
+    assert list(memory) == ["3", "4"]
 
 
-async def test_health_counts_the_calls() -> None:
-    async with a_call() as (_, _, line):
-        status, headers, body = await http(line.port, "GET", "/health")
-        assert (status, headers["Content-Type"]) == (200, "application/json")
-        assert json.loads(body).items() >= {"status": "ok", "calls": 1, "waiting": 0, "peak_calls": 1}.items()
-    assert bridge.health(line.bridge)["calls"] == 0
-
-
-# ── Who may call ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 2 Answer: who may call, with an auth token ──────────────────────────────────────────────────────────────────
 
 SIGNED = {"twilio_auth_token": "12345", "public_base_url": "https://mycompany.com", "greeting": ""}
 
@@ -749,12 +845,103 @@ async def test_a_webhook_that_twilio_has_not_signed_gets_403_and_the_log_says_wh
     assert re.search("X-Twilio-Signature|TWILIO_AUTH_TOKEN|evil", record.message) and "12345" not in record.message
 
 
+async def test_a_signature_that_comes_twice_is_none() -> None:
+    async with a_line(**SIGNED) as line:
+        good = signed("https://mycompany.com/twilio/next", {})["X-Twilio-Signature"]
+        both = [f"X-Twilio-Signature: {value}" for value in (good, "another")]
+        assert parse_http(await raw(line.port, form_request(b"", both[0], path="/twilio/next")))[0] == 200
+        assert parse_http(await raw(line.port, form_request(b"", *both, path="/twilio/next")))[0] == 403
+
+
 async def test_a_stream_without_the_right_signature_is_refused_before_it_is_open() -> None:
     async with a_line(**SIGNED) as line:
         for token in ("", "wrong"):
             with pytest.raises(InvalidStatus) as refused:
                 await line.caller(auth_token=token).connects()
             assert refused.value.response.status_code == 403
+
+
+async def test_without_a_public_address_signed_calls_of_this_computer_only_are_let_in(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_line(twilio_auth_token="12345", greeting="") as line:
+        for scheme in ("http", "https"):
+            headers = signed(f"{scheme}://127.0.0.1:{line.port}/twilio/next", {})
+            assert (await http(line.port, "POST", "/twilio/next", headers=headers))[0] == 200
+            headers["X-Forwarded-For"] = "1.2.3.4"
+            assert (await http(line.port, "POST", "/twilio/next", headers=headers))[0] == 403
+    assert "PUBLIC_BASE_URL is not set" in caplog.text
+
+
+# ── 2 Answer: who may call, without an auth token ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "Fly-Client-IP", "x-forwarded-proto", "Via"])
+async def test_without_an_auth_token_only_this_computer_itself_may_call(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_line() as line:
+        assert (await http(line.port, "POST", "/twilio/voice", FORM, {name: "1.2.3.4"}))[0] == 403
+        assert (await http(line.port, "GET", "/health", headers={name: "1.2.3.4"}))[0] == 200
+        assert not line.bridge.calls
+    assert "TWILIO_AUTH_TOKEN is not set" in caplog.text
+
+
+async def test_another_computer_is_refused_while_no_auth_token_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.TwilioLeg, "remote_address", ("203.0.113.5", 1))
+    async with a_line() as line:
+        line.hooks.pages["/"] = lambda connection, request: connection.respond(200, "the browser phone")
+        assert (await http(line.port, "POST", "/twilio/voice", FORM))[0] == 403
+        assert "phone" not in (await http(line.port, "GET", "/"))[2].replace("telephone", "")
+
+
+async def test_a_page_of_another_site_may_not_use_the_telephone() -> None:
+    async with a_line() as line:
+        rebound = {"Host": "evil.example", "Origin": "http://evil.example"}  # a name that was made to point here
+        for headers in ({"Origin": "https://evil.example"}, rebound, {"Origin": "null"}):
+            assert (await http(line.port, "POST", "/twilio/voice", FORM, headers))[0] == 403
+        own = f"http://127.0.0.1:{line.port}"
+        assert (await http(line.port, "POST", "/twilio/voice", FORM, {"Origin": own}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example:8080"},  # DNS rebinding: a page's own GET brings no Origin
+        {"Sec-Fetch-Site": "cross-site"},  # <img src="http://localhost:8080/twilio/voice?…"> in any page
+        {"Origin": "http://["},
+    ],
+)
+async def test_a_web_page_elsewhere_can_neither_dial_nor_read_pages(headers: dict[str, str]) -> None:
+    async with a_line() as line:
+        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "secret")
+        assert (await http(line.port, "GET", "/twilio/voice?CallSid=CA1", headers=headers))[0] == 403
+        assert (await http(line.port, "GET", "/log", headers=headers))[0] == 403
+        assert (await http(line.port, "GET", "/health", headers=headers))[0] == 200
+        assert not line.bridge.calls
+
+
+async def test_this_computer_may_read_pages_by_any_of_its_names_and_without_one() -> None:
+    async with a_line() as line:
+        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "mine")
+        for host in (f"localhost:{line.port}", "[::1]:8080", "127.0.0.2", "LOCALHOST", "a.localhost:1"):
+            assert (await http(line.port, "GET", "/log", headers={"Host": host}))[2] == "mine", host
+        assert parse_http(await raw(line.port, b"GET /log HTTP/1.0\r\n\r\n"))[2] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *(("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("[::1]", True), ("::ffff:127.0.0.1", True)),
+        *(("localhost", True), ("my.localhost", True), ("203.0.113.5", False), ("::ffff:203.0.113.5", False)),
+        *(("localhost.evil.example", False), ("0.0.0.0", False), ("", False), ("127.0.0.1.evil.example", False)),
+    ],
+)
+def test_this_computer_has_these_names_and_no_others(host: str, loopback: bool) -> None:
+    assert bridge.is_loopback(host) is loopback
+
+
+# ── 2 Answer: the stream and its token ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("token", ["", "9999999999.abc", "1.0"])
@@ -786,6 +973,24 @@ async def test_a_use_token_once() -> None:
         assert again.socket.close_code == 1008 and not twilio.socket.close_code
 
 
+@pytest.mark.parametrize(
+    "forge", [str, lambda t: "0" + t, lambda t: "".join(chr(ord(c) + 0xFEE0) for c in t[:10]) + t[10:]]
+)
+async def test_a_used_token_is_not_good_again_also_not_when_its_expiry_is_written_in_another_way(
+    forge: Callable[[str], str],
+) -> None:
+    async with a_line(greeting="") as line:
+        twilio = await line.caller().calls()
+        await line.openai.session()
+        await twilio.hangs_up()
+        await until(lambda: not line.bridge.calls)
+        again = line.caller(token=forge(twilio.parameters["token"]))
+        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
+        await (await again.connects()).starts()
+        await asyncio.wait_for(again.socket.wait_closed(), 2)
+        assert again.socket.close_code == 1008 and len(line.openai.sessions) == 1
+
+
 async def test_a_use_token_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bridge.TOKEN_S == 60
     monkeypatch.setattr(bridge, "TOKEN_S", -1)
@@ -794,6 +999,18 @@ async def test_a_use_token_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None
         await (await twilio.connects()).starts()
         await asyncio.wait_for(twilio.socket.wait_closed(), 2)
         assert twilio.socket.close_code == 1008
+
+
+async def test_a_call_has_one_stream_whatever_token_a_second_one_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_call() as (twilio, openai, line):
+        monkeypatch.setattr(bridge, "TOKEN_S", 70)
+        again = line.caller(token=line.bridge.new_token(twilio.sid))
+        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
+        await (await again.connects()).starts()
+        await asyncio.wait_for(again.socket.wait_closed(), 2)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+        assert again.socket.close_code == 1008
 
 
 async def test_a_stream_that_sends_no_start_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -805,36 +1022,86 @@ async def test_a_stream_that_sends_no_start_is_closed(monkeypatch: pytest.Monkey
         assert not line.openai.sessions
 
 
-@pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "Fly-Client-IP", "x-forwarded-proto", "Via"])
-async def test_without_an_auth_token_only_this_computer_itself_may_call(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with a_line() as line:
-        assert (await http(line.port, "POST", "/twilio/voice", FORM, {name: "1.2.3.4"}))[0] == 403
-        assert (await http(line.port, "GET", "/health", headers={name: "1.2.3.4"}))[0] == 200
-        assert not line.bridge.calls
-    assert "TWILIO_AUTH_TOKEN is not set" in caplog.text
+# ── 2 Answer: several machines ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_page_of_another_site_may_not_use_the_telephone() -> None:
-    async with a_line() as line:
-        rebound = {"Host": "evil.example", "Origin": "http://evil.example"}  # a name that was made to point here
-        for headers in ({"Origin": "https://evil.example"}, rebound, {"Origin": "null"}):
-            assert (await http(line.port, "POST", "/twilio/voice", FORM, headers))[0] == 403
-        own = f"http://127.0.0.1:{line.port}"
-        assert (await http(line.port, "POST", "/twilio/voice", FORM, {"Origin": own}))[0] == 200
-
-
-async def test_further_callers_than_max_calls_hear_that_the_line_is_busy_and_disturb_nobody() -> None:
-    async with a_call(max_calls=1) as (twilio, openai, line):
-        answer = await line.caller().post("/twilio/voice")
-        assert "<Say" in answer and "<Hangup/>" in answer and "<Stream" not in answer
+async def test_a_stream_whose_webhook_went_to_another_machine_is_served_all_the_same() -> None:
+    async with a_line(**SIGNED) as one, a_line(**SIGNED) as other:
+        twilio = await one.caller().dials()
+        twilio.port = other.port
+        await (await twilio.connects()).starts()
+        openai = await other.openai.session()
         await openai.says(voice(100))
         await until(lambda: twilio.heard_so_far() == voice(100))
-        assert len(line.openai.sessions) == 1
+        assert (other.hooks.calls[0].caller, other.hooks.calls[0].called) == (CALLER, CALLED)
+        await twilio.hangs_up()
+        twilio.port = one.port
+        assert "<Hangup/>" in await twilio.post("/twilio/next")
 
 
-# ── Dialling the model ──────────────────────────────────────────────────────────────────────────────────────────
+async def through_a_proxy(machines: dict[str, int], replays: bool) -> tuple[asyncio.Server, int]:
+    """A proxy in front of several machines that sends each request to the next one, as Fly's does: with `replays`, a
+    request that is answered with fly-replay is delivered again to the machine that this names."""
+    turns = itertools.cycle(machines)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        body = await reader.readexactly(int(length[1])) if length else b""
+        machine, source = next(turns), b""
+        while True:
+            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", machines[machine])
+            back_writer.write(head[:-2] + source + b"\r\n" + body)
+            answer = await back_reader.readuntil(b"\r\n\r\n")
+            replay = re.search(rb"fly-replay: prefer_instance=(\w+)", answer)
+            if not (replay and replays):
+                break
+            machine, source = replay[1].decode(), b"fly-replay-src: instance=" + machine.encode() + b"\r\n"
+            back_writer.close()
+        writer.write(answer)
+
+        async def pump(one: asyncio.StreamReader, other: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await one.read(65536):
+                    other.write(data)
+            other.close()
+
+        await asyncio.gather(pump(reader, back_writer), pump(back_reader, writer))
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()[1]
+
+
+@pytest.mark.parametrize("on_fly", [True, False])
+async def test_webhook_stream_and_next_may_reach_different_machines(on_fly: bool) -> None:
+    def machine(name: str) -> Any:
+        return a_line(**SIGNED, fly_machine_id=name if on_fly else "")
+
+    async with machine("a1") as one, machine("b2") as other:
+        proxy, port = await through_a_proxy({"a1": one.port, "b2": other.port}, replays=on_fly)
+        twilio = one.caller()
+        twilio.port = port
+        await twilio.calls()
+        held_by = one if on_fly else other
+        openai = await held_by.openai.session()
+        await openai.says(voice(200))
+        await until(lambda: twilio.heard_so_far() == voice(200))
+        assert len(one.openai.sessions) + len(other.openai.sessions) == (1 if on_fly else 2)
+        held_by.hooks.calls[0].transfer("+81312345678")
+        await asyncio.wait_for(twilio.socket.wait_closed(), 5)
+        answer = await twilio.post(twilio.after)
+        assert ("<Dial>" in answer) or not on_fly, answer
+        proxy.close()
+
+
+async def test_a_machine_that_is_gone_is_not_asked_for_again() -> None:
+    async with a_line(**SIGNED, fly_machine_id="b2") as line:
+        headers = {"fly-replay-src": "instance=b2", **signed("https://mycompany.com/twilio/next?machine=a1", {})}
+        status, answer_headers, body = await http(line.port, "POST", "/twilio/next?machine=a1", b"", headers)
+        assert status == 200 and "fly-replay" not in answer_headers and "<Hangup/>" in body
+
+
+# ── 3 The call: from the webhook to the last close ──────────────────────────────────────────────────────────────
 
 
 async def test_the_model_is_dialled_at_the_webhook_and_speaks_as_soon_as_the_stream_opens() -> None:
@@ -853,18 +1120,6 @@ async def test_the_model_is_dialled_at_the_webhook_and_speaks_as_soon_as_the_str
         await twilio.hangs_up()
 
 
-async def test_a_webhook_that_is_delivered_twice_is_one_call() -> None:
-    async with a_line() as line:
-        twilio = line.caller()
-        first, second = await twilio.post("/twilio/voice"), await twilio.post("/twilio/voice")
-        assert first == second
-        await twilio.calls()
-        await line.openai.session()
-        await asyncio.sleep(0.05)
-        assert len(line.openai.sessions) == 1
-        await twilio.hangs_up()
-
-
 async def test_a_model_that_no_stream_comes_for_is_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_line() as line:
@@ -874,21 +1129,112 @@ async def test_a_model_that_no_stream_comes_for_is_hung_up(monkeypatch: pytest.M
         assert not line.hooks.told
 
 
-async def test_a_stream_whose_webhook_went_to_another_machine_is_served_all_the_same() -> None:
-    async with a_line(**SIGNED) as one, a_line(**SIGNED) as other:
-        twilio = await one.caller().dials()
-        twilio.port = other.port
-        await (await twilio.connects()).starts()
-        openai = await other.openai.session()
-        await openai.says(voice(100))
-        await until(lambda: twilio.heard_so_far() == voice(100))
-        assert (other.hooks.calls[0].caller, other.hooks.calls[0].called) == (CALLER, CALLED)
+async def test_a_call_whose_stream_has_come_is_not_ended_as_unclaimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
+    async with a_call() as (twilio, _, line):
+        await asyncio.sleep(0.3)
+        assert not twilio.socket.close_code and not line.hooks.calls[0].over.done()
+
+
+async def test_two_calls_at_once_are_kept_apart() -> None:
+    async with a_call() as (one, one_openai, line):
+        other = await line.caller().calls()
+        other_openai = await line.openai.session()
+        await one.speaks(voice(300, 1))
+        await other.speaks(voice(300, 2))
+        await one_openai.says(voice(200, 3))
+        await other_openai.says(voice(200, 4))
+        await until(lambda: one.heard_so_far() == voice(200, 3) and other.heard_so_far() == voice(200, 4))
+        assert (one_openai.heard, other_openai.heard) == (voice(300, 1), voice(300, 2))
+        await other.hangs_up()
+
+
+async def test_when_the_caller_hangs_up_the_model_is_hung_up_within_a_second() -> None:
+    for way in ("stop", "close", "abort"):
+        async with a_call() as (twilio, openai, line):
+            await openai.says(voice(1000))
+            if way == "stop":
+                await twilio.sends({"event": "stop", "streamSid": twilio.stream_sid, "stop": {}})
+            elif way == "close":
+                await twilio.socket.close()
+            else:
+                twilio.socket.transport.abort()
+            await until(lambda: openai.socket.close_code, 1)
+            await until(lambda: line.hooks.events()[-1] == "call_ended", 1)
+        assert line.hooks.events().count("call_ended") == line.hooks.events().count("call_started") == 1
+        assert len(asyncio.all_tasks()) == 1, "no task outlives its call"
+
+
+async def test_a_caller_who_hangs_up_while_the_model_is_being_dialled_leaves_nothing_behind() -> None:
+    async with a_line() as line:
+        line.openai.on_dial = lambda session: session.socket.wait_closed()
+        twilio = await line.caller().calls()
+        await until(lambda: line.openai.sessions)
         await twilio.hangs_up()
-        twilio.port = one.port
-        assert "<Hangup/>" in await twilio.post("/twilio/next")
+        await until(lambda: line.openai.sessions[0].socket.close_code, 1)
 
 
-# ── The session ─────────────────────────────────────────────────────────────────────────────────────────────────
+async def test_nothing_of_a_call_goes_on_when_its_caller_hangs_up_in_the_middle_of_a_sentence() -> None:
+    async with a_call() as (twilio, openai, line):
+        for item in ("u1", "u2", "u3"):  # "yes … no … well": sentences that follow each other quickly
+            await openai.hears_speech(item)
+            await openai.hears_silence(item)
+        await openai.hears_speech("u4")
+        await openai.caught_up()
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.facts("call_ended"))
+        told = len(line.hooks.told)
+        await asyncio.sleep(0.9)
+        assert len(line.hooks.told) == told, "nothing is told after call_ended"
+        assert line.hooks.calls[0].ears_ms == 0
+
+
+async def test_how_much_was_heard_of_the_last_words_is_taken_when_the_caller_hangs_up() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(2000), "長い返事です。")
+        await until(lambda: len(twilio.heard_so_far()) > 1200)
+        openai.socket.transport.pause_reading()  # its close takes the whole second
+        twilio.socket.transport.abort()
+        await until(lambda: line.hooks.facts("call_ended"), 2)
+        assert line.hooks.facts("model_said")[0]["heard_ms"] < 198
+        openai.socket.transport.abort()
+
+
+async def test_what_the_model_sends_while_the_call_is_being_closed_begins_nothing_anew() -> None:
+    async with a_call() as (twilio, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(9)
+        await openai.begins()
+        await openai.caught_up()
+        openai.socket.transport.pause_reading()  # it sees our close only later
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.calls[0].over.done())
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await calls_tools(openai, a_function_call("slow"))
+        await until(lambda: line.hooks.facts("call_ended"), 2)
+        assert not line.hooks.facts("caller_spoke") and not line.hooks.calls[0].tasks
+        openai.socket.transport.abort()
+
+
+async def test_timers_and_tools_end_with_their_call() -> None:
+    async with a_call() as (twilio, openai, line):
+        ended = asyncio.Event()
+
+        async def results(*_: Any) -> str:
+            try:
+                return str(await asyncio.sleep(9))
+            finally:
+                ended.set()
+
+        line.hooks.results = results
+        await openai.begins()
+        await calls_tools(openai, a_function_call("slow"))
+        await openai.caught_up()
+        await twilio.hangs_up()
+        await asyncio.wait_for(ended.wait(), 1)
+        assert all(timer.cancelled() for timer in line.hooks.calls[0].timers.values())
+
+
+# ── 4 The model: the session and its greeting ───────────────────────────────────────────────────────────────────
 
 
 async def test_the_session_is_set_up_in_ga_form_for_a_telephone() -> None:
@@ -913,15 +1259,6 @@ def test_reasoning_is_set_only_for_models_that_reason() -> None:
         assert ("reasoning" in bridge.session_update(bridge.Settings(openai_realtime_model=model), [])) is reasons
 
 
-def test_session_is_a_merge_patch_over_the_session() -> None:
-    patch = json.loads(
-        '{"audio":{"input":{"transcription":null,"noise_reduction":{"type":"near_field"}}},"tracing":"auto"}'
-    )
-    session = bridge.session_update(bridge.Settings(session=patch), [])
-    assert "transcription" not in session["audio"]["input"] and session["audio"]["output"]["voice"] == "marin"
-    assert session["audio"]["input"]["noise_reduction"] == {"type": "near_field"} and session["tracing"] == "auto"
-
-
 async def test_when_the_transcription_is_refused_the_session_goes_on_without_it() -> None:
     async with a_line(greeting="") as line:
         line.openai.refuses_transcription = True
@@ -933,166 +1270,6 @@ async def test_when_the_transcription_is_refused_the_session_goes_on_without_it(
         await openai.says(voice(100))
         await until(lambda: twilio.heard_so_far() == voice(100))
         await twilio.hangs_up()
-
-
-async def hears_an_apology(line: Line, twilio: PretendTwilio, within_s: float = 5) -> None:
-    await asyncio.wait_for(twilio.socket.wait_closed(), within_s)
-    answer = await twilio.next()
-    assert re.search(r'<Say language="ja-JP">申し訳.*</Say><Hangup/>', answer), answer
-    assert line.hooks.facts("call_ended") == [{"reason": "model lost"}]
-    assert twilio.faults == []
-
-
-async def test_a_session_with_another_audio_format_is_never_played_as_noise() -> None:
-    async with a_line() as line:
-        line.openai.grants = "audio/pcm"
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio)
-        assert twilio.received == []
-        assert "audio/pcm as input format" in line.hooks.facts("model_failed")[0]["error"]
-
-
-async def test_a_session_that_openai_refuses_ends_in_an_apology() -> None:
-    async with a_line(session={"made_up": 1}) as line:
-        line.openai.expected_errors = {"unknown_parameter"}
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio)
-        assert "made_up" in line.hooks.facts("model_failed")[0]["error"]
-
-
-# ── Relaying ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_the_callers_voice_reaches_the_model_unchanged() -> None:
-    async with a_call() as (twilio, openai, _):
-        await twilio.speaks(voice(500, 1), 20)
-        await twilio.speaks(voice(503, 2), 37)  # Twilio does not promise frames of 20 ms
-        await until(lambda: len(openai.heard) >= 8 * 1003)
-        assert openai.heard == voice(500, 1) + voice(503, 2)
-
-
-async def test_the_models_voice_reaches_the_caller_unchanged() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.begins()
-        await openai.speaks(voice(333, 1), delta_ms=111)
-        await openai.speaks(voice(251, 2), delta_ms=1000, name="audio")  # the beta's name of the delta
-        await openai.ends()
-        await until(lambda: twilio.heard_so_far() == voice(333, 1) + voice(251, 2))
-
-
-async def test_what_the_caller_says_while_the_session_is_being_set_up_is_kept() -> None:
-    async with a_line(greeting="") as line:
-        opens = line.openai.opens_late()
-        twilio = await line.caller().calls()
-        await twilio.speaks(voice(1000, 3))
-        await asyncio.sleep(0.1)
-        opens.set()
-        openai = await line.openai.session()
-        await twilio.speaks(voice(200, 4))
-        await until(lambda: len(openai.heard) >= 8 * 1200)
-        assert openai.heard == voice(1000, 3) + voice(200, 4)
-        await twilio.hangs_up()
-
-
-async def test_more_than_30_s_without_a_session_drop_the_oldest_and_are_logged(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async with a_line(greeting="") as line:
-        opens = line.openai.opens_late()
-        twilio = await line.caller().calls()
-        await twilio.speaks(voice(31_000, 5), 100)
-        await asyncio.sleep(0.2)
-        opens.set()
-        openai = await line.openai.session()
-        await until(lambda: len(openai.heard) >= 8 * 30_000)
-        assert openai.heard == voice(31_000, 5)[8 * 1000 :]
-        await twilio.hangs_up()
-    assert "1000 ms of the caller's audio never reached the model" in caplog.text
-
-
-async def test_a_message_in_another_form_or_in_several_frames_is_the_same_message() -> None:
-    async with a_call() as (twilio, openai, _):
-        media = {"payload": b64(voice(20, 1)), "timestamp": "0", "track": "inbound"}
-        text = json.dumps({"streamSid": twilio.stream_sid, "media": media, "event": "media"}, indent=1)
-        await twilio.socket.send(text)
-        await twilio.socket.send([text.replace('"0"', '"20"')[:50], text.replace('"0"', '"20"')[50:]])
-        await twilio.socket.send(text.replace('"0"', '"40"').replace("/", "\\/"))
-        await until(lambda: openai.heard == voice(20, 1) * 3)
-
-
-async def test_messages_arrive_whole_however_the_bytes_are_cut() -> None:
-    async with a_call() as (twilio, openai, _):
-        write = twilio.socket.transport.write
-        sent = bytearray()
-        twilio.socket.transport.write = sent.extend  # type: ignore[method-assign]
-        await twilio.speaks(voice(200, 1))
-        ping = asyncio.ensure_future(twilio.socket.ping(b""))
-        await twilio.speaks(voice(200, 2))
-        await asyncio.sleep(0)
-        twilio.socket.transport.write = write  # type: ignore[method-assign]
-        for at in range(0, len(sent), 3):
-            write(bytes(sent[at : at + 3]))
-            await asyncio.sleep(0)
-        await until(lambda: len(openai.heard) == 8 * 400)
-        assert openai.heard == voice(200, 1) + voice(200, 2)
-        await asyncio.wait_for(await ping, 1)
-
-
-async def test_a_loop_that_rests_between_two_looks_at_its_sockets_loses_nothing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bridge, "BATCH_ABOVE_CALLS", 0)
-    async with a_call() as (twilio, openai, line):
-        resting = asyncio.create_task(bridge.batch_reads(line.bridge))
-        await twilio.speaks(voice(400, 1), pace=True)
-        await openai.says(voice(300, 2))
-        await until(lambda: openai.heard == voice(400, 1) and twilio.heard_so_far() == voice(300, 2))
-        resting.cancel()
-
-
-async def test_an_empty_ping_is_answered_at_once() -> None:
-    async with a_call() as (_, openai, _):
-        await asyncio.wait_for(await openai.socket.ping(b""), 1)
-
-
-async def test_a_message_of_any_size_is_delivered_and_what_follows_it_too() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.begins()
-        await openai.speaks(voice(100, 1), "a")
-        await openai.speaks(voice(9000, 2), "a", delta_ms=9000)  # a frame of 96 KB, with a length of 64 bits
-        await openai.speaks(voice(100, 3), "a")
-        await until(lambda: len(twilio.sent_to_it()) == 8 * 9200)
-        assert twilio.sent_to_it() == voice(100, 1) + voice(9000, 2) + voice(100, 3)
-
-
-async def test_two_calls_at_once_are_kept_apart() -> None:
-    async with a_call() as (one, one_openai, line):
-        other = await line.caller().calls()
-        other_openai = await line.openai.session()
-        await one.speaks(voice(300, 1))
-        await other.speaks(voice(300, 2))
-        await one_openai.says(voice(200, 3))
-        await other_openai.says(voice(200, 4))
-        await until(lambda: one.heard_so_far() == voice(200, 3) and other.heard_so_far() == voice(200, 4))
-        assert (one_openai.heard, other_openai.heard) == (voice(300, 1), voice(300, 2))
-        await other.hangs_up()
-
-
-async def test_a_message_that_is_not_as_documented_is_logged_and_the_call_goes_on(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async with a_call() as (twilio, openai, _):
-        await twilio.socket.send("not json")
-        await twilio.sends({"event": "media", "media": {"timestamp": "0", "payload": '"},{"type":"session.close"'}})
-        await twilio.sends({"event": "a new one"})
-        await openai.sends("response.output_audio.delta")
-        await openai.sends("a.new.one")
-        await openai.says(voice(100))
-        await until(lambda: twilio.heard_so_far() == voice(100))
-    assert caplog.text.count("could not be handled") == 3
-
-
-# ── The greeting ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_the_greeting_is_asked_for_once_also_when_the_caller_speaks_at_the_same_moment() -> None:
@@ -1131,7 +1308,550 @@ async def test_the_greeting_comes_before_the_callers_audio_on_the_wire() -> None
         await twilio.hangs_up()
 
 
-# ── Playback and barge-in ───────────────────────────────────────────────────────────────────────────────────────
+# ── 4 The model: when it cannot be had, the caller hears an apology and never silence ───────────────────────────
+
+
+async def hears_an_apology(line: Line, twilio: PretendTwilio, within_s: float = 5) -> None:
+    await asyncio.wait_for(twilio.socket.wait_closed(), within_s)
+    answer = await twilio.next()
+    assert re.search(r'<Say language="ja-JP">申し訳.*</Say><Hangup/>', answer), answer
+    assert line.hooks.facts("call_ended") == [{"reason": "model lost"}]
+    assert twilio.faults == []
+
+
+async def test_a_session_that_openai_refuses_ends_in_an_apology() -> None:
+    async with a_line(session={"made_up": 1}) as line:
+        line.openai.expected_errors = {"unknown_parameter"}
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert "made_up" in line.hooks.facts("model_failed")[0]["error"]
+
+
+async def test_a_session_with_another_audio_format_is_never_played_as_noise() -> None:
+    async with a_line() as line:
+        line.openai.grants = "audio/pcm"
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert twilio.received == []
+        assert "audio/pcm as input format" in line.hooks.facts("model_failed")[0]["error"]
+
+
+async def test_a_session_that_would_speak_in_another_format_is_never_played_either() -> None:
+    async with a_line() as line:
+
+        async def grants(session: PretendSession) -> None:
+            audio = {"input": {"format": {"type": "audio/pcmu"}}, "output": {"format": {"type": "audio/pcm"}}}
+            await session.sends("session.updated", session={"audio": audio})
+            await session.socket.wait_closed()
+
+        line.openai.on_dial = grants
+        await hears_an_apology(line, await line.caller().calls())
+
+
+async def test_a_server_that_comes_up_a_moment_late_is_dialled_until_it_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/v1/realtime", greeting="") as line:
+        twilio = await line.caller().calls()
+        await asyncio.sleep(0.2)
+        async with serve(line.openai.handle, "127.0.0.1", port):
+            openai = await line.openai.session()
+            await openai.says(voice(100))
+            await until(lambda: twilio.heard_so_far() == voice(100))
+            await twilio.hangs_up()
+            await until(lambda: openai.socket.close_code)
+
+
+async def test_a_model_that_cannot_be_reached_for_8_s_ends_in_an_apology(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bridge.Call.SESSION_TIMEOUT_S == 8
+    monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.7)
+    async with a_line(openai_realtime_url="ws://127.0.0.1:9/v1/realtime") as line:
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+    async with a_line() as line:
+
+        async def silent(session: PretendSession) -> None:
+            await session.socket.wait_closed()
+
+        line.openai.on_dial = silent
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+
+
+@pytest.mark.parametrize(("status", "dials"), [(401, 2), (404, 2), (429, 3), (503, 3)])
+async def test_an_http_answer_to_the_dial_is_final_unless_it_says_later(
+    status: int, dials: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge.Call, "DIAL_PAUSE_S", 0.01)
+    monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.5)
+    asked: list[str] = []
+
+    def refuse(connection: ServerConnection, request: Any) -> Any:
+        asked.append(request.path)
+        return connection.respond(status, "no")
+
+    async with serve(lambda socket: socket.wait_closed(), "127.0.0.1", 0, process_request=refuse) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/") as line:
+            twilio = await line.caller().calls()
+            await hears_an_apology(line, twilio)
+    assert min(len(asked), 3) == dials, "once at the webhook and, unless that is still known, once at the stream"
+
+
+@pytest.mark.parametrize(
+    ("code", "close_code"), [("invalid_api_key", 3000), ("invalid_model", 4000), ("model_not_found", 4004)]
+)
+async def test_a_model_that_cannot_be_had_is_not_dialled_again_and_ends_in_an_apology(
+    code: str, close_code: int
+) -> None:
+    async with a_line() as line:
+
+        async def refuse(session: PretendSession) -> None:
+            await session.refuses(code, "no")
+            await session.socket.close(close_code, f"invalid_request_error.{code}")
+
+        line.openai.on_dial = refuse
+        line.openai.expected_errors = {code}
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert len(line.openai.sessions) == 1
+
+
+async def test_a_final_close_code_before_the_session_is_set_up_is_not_dialled_again() -> None:
+    async with a_line() as line:
+        line.openai.on_dial = lambda session: session.socket.close(4000, "invalid_model")
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio)
+        assert len(line.openai.sessions) == 1
+
+
+async def test_a_close_code_alone_is_enough_to_know_that_the_model_cannot_be_had() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.socket.close(4004, "model_not_found")
+        await hears_an_apology(line, twilio)
+
+
+async def test_a_dial_that_fails_in_a_way_that_nobody_thought_of_ends_in_an_apology() -> None:
+    async with a_line(openai_realtime_url="ws://127.0.0.1:99999/v1/realtime") as line:
+        twilio = await line.caller().calls()
+        await hears_an_apology(line, twilio, 3)
+
+
+async def test_a_greeting_that_was_spoken_before_the_stream_is_heard_before_the_apology() -> None:
+    async with a_line() as line:
+        twilio = await line.caller().dials()
+        openai = await line.openai.session()
+        await openai.gets("response.create")
+        await openai.says(voice(200))
+        await openai.socket.close(4004, "model_not_found")
+        await asyncio.sleep(0.05)
+        await (await twilio.connects()).starts()
+        await hears_an_apology(line, twilio)
+        assert twilio.heard_so_far() == voice(200)
+
+
+async def test_a_model_that_is_lost_for_good_while_a_tool_runs_is_apologised_for_at_once() -> None:
+    async with a_call() as (twilio, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(9, "late")
+        await openai.begins()
+        await calls_tools(openai, a_function_call("slow"))
+        await openai.caught_up()
+        await openai.socket.close(4004, "model_not_found")
+        await hears_an_apology(line, twilio, 2)
+
+
+async def test_a_retry_that_was_planned_does_not_delay_the_apology() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(1600))
+        await openai.begins()
+        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.caught_up()
+        await openai.socket.close(4004, "model_not_found")
+        await hears_an_apology(line, twilio, 4)
+
+
+async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_off() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(400))
+        await openai.sends("error", error={"code": "insufficient_quota", "message": "", "event_id": None})
+        await openai.says(voice(100, 2))
+        await openai.hears_speech()
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await openai.socket.close(1011)
+        await hears_an_apology(line, twilio)
+        assert twilio.heard_so_far() == voice(400) and len(line.openai.sessions) == 1
+
+
+# ── 4 The model: when its session is lost in the middle of a call ───────────────────────────────────────────────
+
+
+async def a_little_talk(twilio: PretendTwilio, openai: PretendSession) -> None:
+    """The caller asks, the model answers, and the caller interrupts it half way."""
+    await openai.hears_speech("u1")
+    await openai.hears_silence("u1", "明日の天気は。")
+    await openai.says(voice(1000, 1), "0123456789")
+    await until(lambda: len(twilio.heard_so_far()) > 4000)
+    await openai.hears_speech("u2")
+    await openai.gets("conversation.item.truncate")
+    await openai.hears_silence("u2", "東京です。")
+    await openai.caught_up()
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1012])
+async def test_a_lost_session_is_dialled_again_with_what_was_said_and_heard(code: int) -> None:
+    async with a_call() as (twilio, openai, line):
+        await a_little_talk(twilio, openai)
+        if code == 1006:
+            openai.socket.transport.abort()
+        else:
+            await openai.socket.close(code)
+        again = await line.openai.session(within_s=2)
+        texts = [(await again.gets("conversation.item.create"))["item"] for _ in range(3)]
+        assert [item["role"] for item in texts] == ["user", "assistant", "user"]
+        assert [item["content"][0]["type"] for item in texts] == ["input_text", "output_text", "input_text"]
+        said = [item["content"][0]["text"] for item in texts]
+        assert said[0] == "明日の天気は。" and said[2] == "東京です。" and re.fullmatch("01234?5?6?", said[1])
+        await again.gets("response.create")  # the caller waits for an answer
+        before = len(twilio.heard_so_far())
+        await again.says(voice(200, 2))
+        await until(lambda: twilio.heard_so_far()[before:] == voice(200, 2))
+        assert not twilio.socket.close_code
+
+
+async def test_a_new_session_is_told_the_last_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "HISTORY", 2)
+    async with a_call() as (_, openai, line):
+        for item in ("u1", "u2", "u3"):
+            await openai.hears_speech(item)
+            await openai.hears_silence(item, item)
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        texts = [(await again.gets("conversation.item.create"))["item"]["content"][0]["text"] for _ in range(2)]
+        assert texts == ["u2", "u3"]
+
+
+async def test_half_a_character_in_what_was_said_does_not_stop_the_next_session() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.hears_speech("u1")
+        await openai.hears_silence("u1")
+        kind = "conversation.item.input_audio_transcription.completed"
+        await openai.socket.send(json.dumps({"type": kind, "item_id": "u1", "transcript": "\ud83d"}))
+        await openai.caught_up()  # JSON can say it, UTF-8 cannot
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await until(lambda: line.hooks.calls[0].ready)
+
+
+async def test_a_greeting_that_was_never_heard_is_asked_for_again_by_the_next_session() -> None:
+    async with a_call(greeting="もしもし") as (_, openai, line):
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        assert "もしもし" in (await again.gets("response.create"))["response"]["instructions"]
+
+
+async def test_what_twilio_has_queued_of_a_lost_session_is_played_to_its_end_but_never_truncated() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.speaks(voice(600, 1))
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        assert (await again.gets("conversation.item.create"))["item"]["role"] == "assistant" if again.seen > 1 else True
+        await again.gets("response.create")  # half an answer is no answer
+        await again.hears_speech("u1")
+        await again.caught_up()
+        assert again.truncates() == [] and twilio.clears == 1
+
+
+async def test_what_the_caller_says_while_the_model_is_being_dialled_again_reaches_it_once() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(400, 1))
+        await until(lambda: openai.heard == voice(400, 1))
+        opens = line.openai.opens_late()
+        openai.socket.transport.abort()
+        await until(lambda: not line.hooks.calls[0].ready)
+        await twilio.speaks(voice(400, 2))
+        opens.set()
+        again = await line.openai.session()
+        await twilio.speaks(voice(400, 3))
+        await until(lambda: len(again.heard) >= 8 * 1200)
+        assert again.heard == voice(400, 1) + voice(400, 2) + voice(400, 3)  # the whole unfinished sentence
+        assert again.types() == ["session.update"]  # it is still the caller's turn
+
+
+async def test_only_the_last_second_before_the_caller_speaks_is_kept_and_nothing_counts_as_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_call() as (twilio, openai, line):
+        await twilio.speaks(voice(3000), 100)
+        await until(lambda: len(openai.heard) == 24_000)
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(3000)[-8000:], 2)
+        await twilio.hangs_up()
+        await until(lambda: not line.bridge.calls)
+    assert "never reached the model" not in caplog.text
+
+
+async def test_a_turn_that_was_answered_is_not_heard_again_by_the_next_session() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(400, 1))
+        await until(lambda: openai.heard == voice(400, 1))
+        await openai.hears_silence("u1", "はい")
+        await openai.says(voice(100))
+        await twilio.speaks(voice(100, 2))
+        await until(lambda: line.hooks.facts("model_said"))
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(100, 2))
+        assert "response.create" not in again.types()
+
+
+async def test_a_question_that_was_answered_but_never_transcribed_is_not_asked_twice() -> None:
+    async with a_call(transcription_model="") as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(400, 1))
+        await until(lambda: openai.heard == voice(400, 1))
+        await openai.hears_silence("u1")
+        await openai.says(voice(60))
+        await until(lambda: line.hooks.facts("model_said"))
+        await twilio.speaks(voice(60, 2))
+        await until(lambda: len(openai.heard) == 460 * 8)
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(60, 2), 2)
+
+
+async def test_a_question_whose_words_have_come_is_told_in_words_only() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(1500, 1))
+        await until(lambda: openai.heard == voice(1500, 1))
+        await openai.hears_silence("u1", "はい")
+        await openai.begins()
+        await openai.caught_up()
+        await twilio.speaks(voice(500, 2))
+        await until(lambda: len(openai.heard) == 2000 * 8)
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.gets("response.create")
+        await until(lambda: again.heard == voice(500, 2), 2)
+
+
+async def test_a_question_whose_words_had_not_come_when_the_session_was_lost_is_heard_by_the_next_one() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(1500, 1))
+        await until(lambda: openai.heard == voice(1500, 1))
+        await openai.hears_silence("u1")  # no transcript yet
+        await openai.begins()
+        await twilio.speaks(voice(100, 2))
+        await until(lambda: len(openai.heard) == 1600 * 8)
+        await openai.caught_up()
+        openai.socket.transport.abort()  # 1011 when an answer begins is the most usual moment
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(1500, 1) + voice(100, 2), 2)
+        await again.caught_up()
+        assert again.types() == ["session.update"], "it hears the turn end, and answers by itself"
+
+
+async def test_words_that_come_late_for_a_long_turn_do_not_cost_what_was_said_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "HELD_MS", 1000)
+    async with a_call() as (twilio, openai, line):
+        await openai.hears_speech("u1")
+        await twilio.speaks(voice(1000, 1))
+        await until(lambda: openai.heard == voice(1000, 1))
+        await openai.hears_silence("u1")
+        await openai.caught_up()
+        await twilio.speaks(voice(400, 2))
+        await until(lambda: len(openai.heard) == 1400 * 8)
+        kind = "conversation.item.input_audio_transcription.completed"
+        await openai.sends(kind, item_id="u1", content_index=0, transcript="はい")
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard == voice(400, 2), 2)
+
+
+async def test_a_caller_who_was_speaking_when_the_session_was_lost_is_not_talked_over_by_the_next() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.hears_speech("u1")
+        await openai.hears_silence("u1", "はい")
+        await openai.hears_speech("u2")
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.caught_up()
+        assert again.creates == 0
+
+
+async def test_a_second_loss_within_10_s_ends_in_an_apology() -> None:
+    async with a_call() as (twilio, openai, line):
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.says(voice(300))
+        await again.caught_up()
+        again.socket.transport.abort()
+        await hears_an_apology(line, twilio)
+        assert twilio.heard_so_far() == voice(300), "what was queued is heard out"
+
+
+async def test_a_loss_that_is_long_after_the_one_before_it_is_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "LOST_AGAIN_S", 0.1)
+    async with a_call() as (_, openai, line):
+        for _ in range(2):
+            openai.socket.transport.abort()
+            openai = await line.openai.session()
+            await asyncio.sleep(0.15)
+
+
+# ── 5 Listen ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_callers_voice_reaches_the_model_unchanged() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(500, 1), 20)
+        await twilio.speaks(voice(503, 2), 37)  # Twilio does not promise frames of 20 ms
+        await until(lambda: len(openai.heard) >= 8 * 1003)
+        assert openai.heard == voice(500, 1) + voice(503, 2)
+
+
+async def test_what_the_caller_says_while_the_session_is_being_set_up_is_kept() -> None:
+    async with a_line(greeting="") as line:
+        opens = line.openai.opens_late()
+        twilio = await line.caller().calls()
+        await twilio.speaks(voice(1000, 3))
+        await asyncio.sleep(0.1)
+        opens.set()
+        openai = await line.openai.session()
+        await twilio.speaks(voice(200, 4))
+        await until(lambda: len(openai.heard) >= 8 * 1200)
+        assert openai.heard == voice(1000, 3) + voice(200, 4)
+        await twilio.hangs_up()
+
+
+async def test_more_than_30_s_without_a_session_drop_the_oldest_and_are_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_line(greeting="") as line:
+        opens = line.openai.opens_late()
+        twilio = await line.caller().calls()
+        await twilio.speaks(voice(31_000, 5), 100)
+        await asyncio.sleep(0.2)
+        opens.set()
+        openai = await line.openai.session()
+        await until(lambda: len(openai.heard) >= 8 * 30_000)
+        assert openai.heard == voice(31_000, 5)[8 * 1000 :]
+        await twilio.hangs_up()
+    assert "1000 ms of the caller's audio never reached the model" in caplog.text
+
+
+async def test_a_jump_of_the_timestamps_is_filled_with_silence() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(100, 1))
+        twilio.timestamp_ms += 1300
+        await twilio.speaks(voice(100, 2))
+        await until(lambda: len(openai.heard) >= 8 * 1500)
+        assert openai.heard == voice(100, 1) + b"\xff" * 8 * 1300 + voice(100, 2)
+
+
+async def test_a_clock_that_begins_anew_still_shows_holes_and_a_long_hole_is_cut() -> None:
+    async with a_call() as (twilio, openai, _):
+        twilio.timestamp_ms = 100_000
+        await twilio.speaks(voice(20, 1))
+        twilio.timestamp_ms = 0
+        await twilio.speaks(voice(20, 2))
+        twilio.timestamp_ms += 100
+        await twilio.speaks(voice(20, 3))
+        twilio.timestamp_ms += 45_000
+        await twilio.speaks(voice(20, 4))
+        heard = voice(20, 1) + voice(20, 2) + b"\xff" * 800 + voice(20, 3) + b"\xff" * 240_000 + voice(20, 4)
+        await until(lambda: len(openai.heard) >= len(heard))
+        assert openai.heard == heard
+
+
+async def test_when_frames_stop_while_the_caller_speaks_silence_lets_the_turn_end() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(100, 1))
+        await openai.hears_speech("u1")
+        await until(lambda: len(openai.heard) >= 8 * (100 + 700), 2)
+        await openai.hears_silence("u1")
+        await openai.caught_up()
+        length = len(openai.heard)
+        await asyncio.sleep(0.9)
+        assert len(openai.heard) == length, "silence only while the caller is speaking"
+        assert set(openai.heard[800:]) == {0xFF}
+
+
+async def test_a_turn_that_ended_in_silence_only_is_answered_with_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "NO_FRAMES_S", 0.1003)
+    async with a_call() as (twilio, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(0, "done")
+        await twilio.speaks(voice(20))
+        await openai.hears_speech("u1")
+        await until(lambda: len(openai.heard) > 8 * 250)
+        await openai.hears_silence("u1")
+        await openai.begins()
+        await calls_tools(openai, a_function_call("a"))
+        assert (await openai.gets("conversation.item.create"))["item"]["output"] == "done"
+
+
+async def test_a_late_burst_is_not_padded_a_second_time() -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.speaks(voice(100, 1))
+        await openai.hears_speech("u1")
+        await until(lambda: len(openai.heard) > 800, 2)
+        silence = len(openai.heard) - 800
+        await openai.hears_silence("u1")
+        await twilio.speaks(voice(700, 2))  # all that was missing, with continuous timestamps
+        twilio.timestamp_ms += 100  # a real hole, but the model's ears are ahead by more than that
+        await twilio.speaks(voice(100, 3))
+        await until(lambda: len(openai.heard) >= 900 * 8 + silence)
+        await openai.caught_up()
+        assert openai.heard == voice(100, 1) + b"\xff" * silence + voice(700, 2) + voice(100, 3)
+
+
+async def test_keys_reach_the_hooks() -> None:
+    async with a_call() as (twilio, _, line):
+        for key in "1*#":
+            await twilio.presses(key)
+        await until(lambda: [facts["key"] for facts in line.hooks.facts("key_pressed")] == ["1", "*", "#"])
+
+
+# ── 6 Speak ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_models_voice_reaches_the_caller_unchanged() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        await openai.speaks(voice(333, 1), delta_ms=111)
+        await openai.speaks(voice(251, 2), delta_ms=1000, name="audio")  # the beta's name of the delta
+        await openai.ends()
+        await until(lambda: twilio.heard_so_far() == voice(333, 1) + voice(251, 2))
+
+
+async def test_most_errors_are_told_to_the_hooks_and_the_call_goes_on() -> None:
+    async with a_call() as (twilio, openai, line):
+        for code in ("response_cancel_not_active", "invalid_value", "conversation_already_has_active_response", None):
+            await openai.sends("error", error={"type": "x", "code": code, "message": "something", "event_id": None})
+        await openai.begins()
+        await openai.ends("incomplete", reason="max_output_tokens")
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        assert all("the call goes on" in facts["error"] for facts in line.hooks.facts("model_failed"))
+        assert len(line.hooks.facts("model_failed")) == 5
+
+
+# ── 7 Playback and barge-in ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_mark_is_sent_behind_at_most_200_ms_of_speech() -> None:
@@ -1172,6 +1892,16 @@ async def test_barge_in_within_the_first_piece_is_told_by_the_clock() -> None:
         assert abs(truncate["audio_end_ms"] - len(twilio.heard_so_far()) / 8) < TOLERANCE_MS
 
 
+async def test_the_clock_never_tells_of_more_than_the_next_mark() -> None:
+    async with a_call() as (twilio, openai, _):
+        twilio.returns_mark = lambda name: None  # type: ignore[method-assign] # Twilio has not begun to play
+        await openai.says(voice(2000))
+        await until(lambda: twilio.marks)
+        await asyncio.sleep(0.3)
+        await openai.hears_speech()
+        assert (await openai.gets("conversation.item.truncate"))["audio_end_ms"] == 198
+
+
 async def test_of_several_items_each_is_truncated_at_what_was_heard_of_it() -> None:
     async with a_call() as (twilio, openai, _):
         await openai.begins()
@@ -1186,6 +1916,27 @@ async def test_of_several_items_each_is_truncated_at_what_was_heard_of_it() -> N
         assert at_second[0] == second and abs(at_second[1] - (len(twilio.heard_so_far()) / 8 - 300)) < TOLERANCE_MS
         assert at_third == (third, 0)
         assert first not in dict(openai.truncates())
+
+
+async def test_a_caller_who_begins_twice_clears_and_truncates_once() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(1000))
+        await until(lambda: len(twilio.heard_so_far()) > 400)
+        await openai.hears_speech()
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert twilio.clears == 1 and len(openai.truncates()) == 1
+
+
+async def test_when_nothing_is_playing_a_caller_who_speaks_causes_nothing() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(200), "短い返事")
+        await until(lambda: line.hooks.facts("model_said") == [{"text": "短い返事", "heard_ms": None}])
+        before = len(twilio.received)
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert len(twilio.received) == before and openai.types() == ["session.update"]
+        assert not line.hooks.facts("model_interrupted")
 
 
 async def test_what_still_comes_of_an_interrupted_answer_is_dropped() -> None:
@@ -1207,6 +1958,32 @@ async def test_what_still_comes_of_an_interrupted_answer_is_dropped() -> None:
         await until(lambda: line.hooks.facts("model_said")[-1]["heard_ms"] is None)
 
 
+async def test_what_comes_late_for_an_item_that_was_heard_is_truncated_at_its_own_end() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        first = await openai.speaks(voice(100, 1))
+        await openai.speaks(voice(400, 2))
+        await until(lambda: len(twilio.heard_so_far()) > 1600)
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await openai.speaks(voice(100, 3), first)
+        await openai.caught_up()
+        assert dict(openai.truncates())[first] == 100
+
+
+async def test_an_answer_that_has_not_sounded_yet_is_dropped_and_the_one_before_it_is_not_truncated() -> None:
+    async with a_call() as (twilio, openai, _):
+        before = await openai.says(voice(200, 1))
+        await until(lambda: twilio.heard_so_far() == voice(200, 1))
+        await openai.caught_up()
+        await openai.begins()
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await openai.speaks(voice(200, 2))
+        await openai.ends("cancelled", reason="turn_detected")
+        await openai.caught_up()
+        assert twilio.sent_to_it() == voice(200, 1) and twilio.clears == 0
+        assert before not in dict(openai.truncates())
+
+
 async def test_the_next_answer_plays_from_its_first_byte_and_is_measured_from_there() -> None:
     async with a_call() as (twilio, openai, _):
         await openai.says(voice(2000, 1))
@@ -1224,6 +2001,20 @@ async def test_the_next_answer_plays_from_its_first_byte_and_is_measured_from_th
         assert twilio.heard[before:] == voice(2000, 2)[: len(twilio.heard) - before]
 
 
+async def test_the_beginning_of_an_answer_after_a_barge_in_is_measured_by_the_clock() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(2000, 1))
+        await until(lambda: len(twilio.heard_so_far()) > 400)
+        await openai.hears_silence(await openai.hears_speech())
+        await until(lambda: twilio.clears)
+        before = len(twilio.heard_so_far())
+        second = await openai.says(voice(1000, 2))
+        await until(lambda: len(twilio.heard_so_far()) > before + 960)
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert openai.truncates()[1][0] == second and openai.truncates()[1][1] > 60
+
+
 async def test_marks_that_clear_returns_are_not_taken_for_speech_that_was_heard() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(2000, 1), "一つ目")
@@ -1237,31 +2028,6 @@ async def test_marks_that_clear_returns_are_not_taken_for_speech_that_was_heard(
         await openai.caught_up()
         assert openai.truncates()[1][0] == item and openai.truncates()[1][1] < 200
         assert line.hooks.facts("model_said")[0]["heard_ms"] < 300
-
-
-async def test_when_nothing_is_playing_a_caller_who_speaks_causes_nothing() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.says(voice(200), "短い返事")
-        await until(lambda: line.hooks.facts("model_said") == [{"text": "短い返事", "heard_ms": None}])
-        before = len(twilio.received)
-        await openai.hears_speech()
-        await openai.caught_up()
-        assert len(twilio.received) == before and openai.types() == ["session.update"]
-        assert not line.hooks.facts("model_interrupted")
-
-
-async def test_an_answer_that_has_not_sounded_yet_is_dropped_and_the_one_before_it_is_not_truncated() -> None:
-    async with a_call() as (twilio, openai, _):
-        before = await openai.says(voice(200, 1))
-        await until(lambda: twilio.heard_so_far() == voice(200, 1))
-        await openai.caught_up()
-        await openai.begins()
-        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
-        await openai.speaks(voice(200, 2))
-        await openai.ends("cancelled", reason="turn_detected")
-        await openai.caught_up()
-        assert twilio.sent_to_it() == voice(200, 1) and twilio.clears == 0
-        assert before not in dict(openai.truncates())
 
 
 async def test_openai_cancels_by_itself_and_the_bridge_sends_no_cancel() -> None:
@@ -1292,51 +2058,30 @@ async def test_where_openai_does_not_interrupt_the_bridge_cancels_once_and_by_id
         assert openai.types().count("response.cancel") == 1 and twilio.clears == 2
 
 
-async def test_an_answer_that_begins_while_the_caller_is_speaking_is_cancelled() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.hears_speech()
-        response = await openai.begins()
-        assert await openai.gets("response.cancel") == {"type": "response.cancel", "response_id": response}
-        await openai.caught_up()
-        assert twilio.received == []
-
-
-# ── Holes in the caller's audio ─────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_jump_of_the_timestamps_is_filled_with_silence() -> None:
-    async with a_call() as (twilio, openai, _):
-        await twilio.speaks(voice(100, 1))
-        twilio.timestamp_ms += 1300
-        await twilio.speaks(voice(100, 2))
-        await until(lambda: len(openai.heard) >= 8 * 1500)
-        assert openai.heard == voice(100, 1) + b"\xff" * 8 * 1300 + voice(100, 2)
-
-
-async def test_when_frames_stop_while_the_caller_speaks_silence_lets_the_turn_end() -> None:
-    async with a_call() as (twilio, openai, _):
-        await twilio.speaks(voice(100, 1))
-        await openai.hears_speech("u1")
-        await until(lambda: len(openai.heard) >= 8 * (100 + 700), 2)
-        await openai.hears_silence("u1")
-        await openai.caught_up()
-        length = len(openai.heard)
-        await asyncio.sleep(0.9)
-        assert len(openai.heard) == length, "silence only while the caller is speaking"
-        assert set(openai.heard[800:]) == {0xFF}
-
-
-async def test_a_turn_that_ended_in_silence_only_is_answered_with_its_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "NO_FRAMES_S", 0.1003)
-    async with a_call() as (twilio, openai, line):
-        line.hooks.results = lambda *_: asyncio.sleep(0, "done")
-        await twilio.speaks(voice(20))
-        await openai.hears_speech("u1")
-        await until(lambda: len(openai.heard) > 8 * 250)
-        await openai.hears_silence("u1")
+async def test_a_caller_who_begins_twice_before_openai_has_stopped_is_one_cancel() -> None:
+    async with a_call(session=NO_INTERRUPT) as (_, openai, _):
         await openai.begins()
-        await calls_tools(openai, a_function_call("a"))
-        assert (await openai.gets("conversation.item.create"))["item"]["output"] == "done"
+        await openai.speaks(voice(400))
+        for item in ("u1", "u2"):
+            await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id=item)
+        await openai.caught_up()
+        assert openai.types().count("response.cancel") == 1
+
+
+# ── 8 Answering: who asks the model to speak, and when ──────────────────────────────────────────────────────────
+
+
+async def test_an_answer_that_openai_began_by_itself_is_waited_for_and_makes_an_earlier_wish_needless() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.begins()
+        await openai.caught_up()
+        line.hooks.calls[0].tell_model("ボタン1が押されました。")
+        item = (await openai.gets("conversation.item.create"))["item"]
+        assert item["role"] == "system" and item["content"][0]["text"] == "ボタン1が押されました。"
+        await openai.caught_up()
+        assert openai.creates == 0
+        await openai.ends()
+        await openai.gets("response.create")
 
 
 async def test_what_is_wanted_right_after_a_turn_waits_for_the_answer_that_openai_begins_by_itself() -> None:
@@ -1353,221 +2098,48 @@ async def test_what_is_wanted_right_after_a_turn_waits_for_the_answer_that_opena
         assert openai.creates == 0, "that answer has seen it"
 
 
-async def test_a_late_burst_is_not_padded_a_second_time() -> None:
-    async with a_call() as (twilio, openai, _):
-        await twilio.speaks(voice(100, 1))
-        await openai.hears_speech("u1")
-        await until(lambda: len(openai.heard) > 800, 2)
-        silence = len(openai.heard) - 800
-        await openai.hears_silence("u1")
-        await twilio.speaks(voice(700, 2))  # all that was missing, with continuous timestamps
-        twilio.timestamp_ms += 100  # a real hole, but the model's ears are ahead by more than that
-        await twilio.speaks(voice(100, 3))
-        await until(lambda: len(openai.heard) >= 900 * 8 + silence)
+async def test_two_wishes_at_once_are_one_answer() -> None:
+    async with a_call() as (_, openai, line):
+        for text in ("一", "二"):
+            line.hooks.calls[0].tell_model(text)
+        await until(lambda: openai.creates)
+        await openai.says(voice(20))
         await openai.caught_up()
-        assert openai.heard == voice(100, 1) + b"\xff" * silence + voice(700, 2) + voice(100, 3)
+        assert openai.creates == 1
 
 
-# ── Never silence ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def a_little_talk(twilio: PretendTwilio, openai: PretendSession) -> None:
-    """The caller asks, the model answers, and the caller interrupts it half way."""
-    await openai.hears_speech("u1")
-    await openai.hears_silence("u1", "明日の天気は。")
-    await openai.says(voice(1000, 1), "0123456789")
-    await until(lambda: len(twilio.heard_so_far()) > 4000)
-    await openai.hears_speech("u2")
-    await openai.gets("conversation.item.truncate")
-    await openai.hears_silence("u2", "東京です。")
-    await openai.caught_up()
-
-
-@pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1012])
-async def test_a_lost_session_is_dialled_again_with_what_was_said_and_heard(code: int) -> None:
-    async with a_call() as (twilio, openai, line):
-        await a_little_talk(twilio, openai)
-        if code == 1006:
-            openai.socket.transport.abort()
-        else:
-            await openai.socket.close(code)
-        again = await line.openai.session(within_s=2)
-        texts = [(await again.gets("conversation.item.create"))["item"] for _ in range(3)]
-        assert [item["role"] for item in texts] == ["user", "assistant", "user"]
-        assert [item["content"][0]["type"] for item in texts] == ["input_text", "output_text", "input_text"]
-        said = [item["content"][0]["text"] for item in texts]
-        assert said[0] == "明日の天気は。" and said[2] == "東京です。" and re.fullmatch("01234?5?6?", said[1])
-        await again.gets("response.create")  # the caller waits for an answer
-        before = len(twilio.heard_so_far())
-        await again.says(voice(200, 2))
-        await until(lambda: twilio.heard_so_far()[before:] == voice(200, 2))
-        assert not twilio.socket.close_code
-
-
-async def test_what_the_caller_says_while_the_model_is_being_dialled_again_reaches_it_once() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(400, 1))
-        await until(lambda: openai.heard == voice(400, 1))
+async def test_what_a_hook_told_while_no_session_was_there_is_answered_by_the_next() -> None:
+    async with a_call() as (_, openai, line):
         opens = line.openai.opens_late()
         openai.socket.transport.abort()
         await until(lambda: not line.hooks.calls[0].ready)
-        await twilio.speaks(voice(400, 2))
+        line.hooks.calls[0].tell_model("鍵が押された")
+        await asyncio.sleep(0)
         opens.set()
         again = await line.openai.session()
-        await twilio.speaks(voice(400, 3))
-        await until(lambda: len(again.heard) >= 8 * 1200)
-        assert again.heard == voice(400, 1) + voice(400, 2) + voice(400, 3)  # the whole unfinished sentence
-        assert again.types() == ["session.update"]  # it is still the caller's turn
+        assert (await again.gets("conversation.item.create"))["item"]["content"][0]["text"] == "鍵が押された"
+        await again.gets("response.create")
 
 
-async def test_a_turn_that_was_answered_is_not_heard_again_by_the_next_session() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(400, 1))
-        await until(lambda: openai.heard == voice(400, 1))
-        await openai.hears_silence("u1", "はい")
-        await openai.says(voice(100))
-        await twilio.speaks(voice(100, 2))
-        await until(lambda: line.hooks.facts("model_said"))
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await until(lambda: again.heard == voice(100, 2))
-        assert "response.create" not in again.types()
-
-
-async def test_what_twilio_has_queued_of_a_lost_session_is_played_to_its_end_but_never_truncated() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.begins()
-        await openai.speaks(voice(600, 1))
+async def test_an_answer_that_begins_while_the_caller_is_speaking_is_cancelled() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.hears_speech()
+        response = await openai.begins()
+        assert await openai.gets("response.cancel") == {"type": "response.cancel", "response_id": response}
         await openai.caught_up()
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        assert (await again.gets("conversation.item.create"))["item"]["role"] == "assistant" if again.seen > 1 else True
-        await again.gets("response.create")  # half an answer is no answer
-        await again.hears_speech("u1")
-        await again.caught_up()
-        assert again.truncates() == [] and twilio.clears == 1
+        assert twilio.received == []
 
 
-async def test_a_second_loss_within_10_s_ends_in_an_apology() -> None:
-    async with a_call() as (twilio, openai, line):
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await again.says(voice(300))
-        await again.caught_up()
-        again.socket.transport.abort()
-        await hears_an_apology(line, twilio)
-        assert twilio.heard_so_far() == voice(300), "what was queued is heard out"
-
-
-async def test_a_greeting_that_was_never_heard_is_asked_for_again_by_the_next_session() -> None:
-    async with a_call(greeting="もしもし") as (_, openai, line):
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        assert "もしもし" in (await again.gets("response.create"))["response"]["instructions"]
-
-
-@pytest.mark.parametrize(
-    ("code", "close_code"), [("invalid_api_key", 3000), ("invalid_model", 4000), ("model_not_found", 4004)]
-)
-async def test_a_model_that_cannot_be_had_is_not_dialled_again_and_ends_in_an_apology(
-    code: str, close_code: int
-) -> None:
-    async with a_line() as line:
-
-        async def refuse(session: PretendSession) -> None:
-            await session.refuses(code, "no")
-            await session.socket.close(close_code, f"invalid_request_error.{code}")
-
-        line.openai.on_dial = refuse
-        line.openai.expected_errors = {code}
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio)
-        assert len(line.openai.sessions) == 1
-
-
-async def test_a_close_code_alone_is_enough_to_know_that_the_model_cannot_be_had() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.socket.close(4004, "model_not_found")
-        await hears_an_apology(line, twilio)
-
-
-async def test_a_quota_that_is_used_up_in_the_middle_ends_in_an_apology() -> None:
-    async with a_call() as (twilio, openai, line):
+async def test_an_answer_that_begins_while_the_caller_is_speaking_is_not_heard_before_its_cancel_takes_effect() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.hears_speech()
         await openai.begins()
-        await openai.ends("failed", error={"code": "insufficient_quota", "message": "You exceeded your current quota"})
-        await hears_an_apology(line, twilio)
+        await openai.speaks(voice(100))
+        await openai.caught_up()
+        assert twilio.received == []
 
 
-async def test_a_model_that_cannot_be_reached_for_8_s_ends_in_an_apology(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bridge.Call.SESSION_TIMEOUT_S == 8
-    monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.7)
-    async with a_line(openai_realtime_url="ws://127.0.0.1:9/v1/realtime") as line:
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio)
-    async with a_line() as line:
-
-        async def silent(session: PretendSession) -> None:
-            await session.socket.wait_closed()
-
-        line.openai.on_dial = silent
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio)
-
-
-async def test_a_server_that_comes_up_a_moment_late_is_dialled_until_it_answers() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/v1/realtime", greeting="") as line:
-        twilio = await line.caller().calls()
-        await asyncio.sleep(0.2)
-        async with serve(line.openai.handle, "127.0.0.1", port):
-            openai = await line.openai.session()
-            await openai.says(voice(100))
-            await until(lambda: twilio.heard_so_far() == voice(100))
-            await twilio.hangs_up()
-            await until(lambda: openai.socket.close_code)
-
-
-async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an_apology(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
-    async with a_call() as (twilio, openai, line):
-        await openai.begins()
-        for _ in range(2):
-            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
-            assert await openai.gets("response.create") == {"type": "response.create"}
-            await until(lambda: openai.response)
-        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
-        await hears_an_apology(line, twilio)
-
-
-async def test_an_answer_that_fails_once_is_spoken_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
-    async with a_call(greeting="もしもし") as (twilio, openai, _):
-        for _ in range(2):
-            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
-            assert "もしもし" in (await openai.gets("response.create"))["response"]["instructions"]
-            await until(lambda: openai.response)
-        await openai.says(voice(100))
-        await until(lambda: twilio.heard_so_far() == voice(100))
-
-
-async def test_most_errors_are_told_to_the_hooks_and_the_call_goes_on() -> None:
-    async with a_call() as (twilio, openai, line):
-        for code in ("response_cancel_not_active", "invalid_value", "conversation_already_has_active_response", None):
-            await openai.sends("error", error={"type": "x", "code": code, "message": "something", "event_id": None})
-        await openai.begins()
-        await openai.ends("incomplete", reason="max_output_tokens")
-        await openai.says(voice(100))
-        await until(lambda: twilio.heard_so_far() == voice(100))
-        assert all("the call goes on" in facts["error"] for facts in line.hooks.facts("model_failed"))
-        assert len(line.hooks.facts("model_failed")) == 5
-
-
-# ── Answering: who asks the model to speak ──────────────────────────────────────────────────────────────────────
+# ── 8 Answering: tools ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def a_function_call(
@@ -1642,317 +2214,6 @@ async def test_tools_of_a_cancelled_answer_and_incomplete_calls_are_never_run() 
         assert openai.types() == ["session.update"] and not line.hooks.facts("tool_used")
 
 
-async def test_an_answer_that_openai_began_by_itself_is_waited_for_and_makes_an_earlier_wish_needless() -> None:
-    async with a_call() as (_, openai, line):
-        await openai.begins()
-        await openai.caught_up()
-        line.hooks.calls[0].tell_model("ボタン1が押されました。")
-        item = (await openai.gets("conversation.item.create"))["item"]
-        assert item["role"] == "system" and item["content"][0]["text"] == "ボタン1が押されました。"
-        await openai.caught_up()
-        assert openai.creates == 0
-        await openai.ends()
-        await openai.gets("response.create")
-
-
-async def test_keys_reach_the_hooks() -> None:
-    async with a_call() as (twilio, _, line):
-        for key in "1*#":
-            await twilio.presses(key)
-        await until(lambda: [facts["key"] for facts in line.hooks.facts("key_pressed")] == ["1", "*", "#"])
-
-
-# ── The end ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_when_the_caller_hangs_up_the_model_is_hung_up_within_a_second() -> None:
-    for way in ("stop", "close", "abort"):
-        async with a_call() as (twilio, openai, line):
-            await openai.says(voice(1000))
-            if way == "stop":
-                await twilio.sends({"event": "stop", "streamSid": twilio.stream_sid, "stop": {}})
-            elif way == "close":
-                await twilio.socket.close()
-            else:
-                twilio.socket.transport.abort()
-            await until(lambda: openai.socket.close_code, 1)
-            await until(lambda: line.hooks.events()[-1] == "call_ended", 1)
-        assert line.hooks.events().count("call_ended") == line.hooks.events().count("call_started") == 1
-        assert len(asyncio.all_tasks()) == 1, "no task outlives its call"
-
-
-async def test_a_caller_who_hangs_up_while_the_model_is_being_dialled_leaves_nothing_behind() -> None:
-    async with a_line() as line:
-        line.openai.on_dial = lambda session: session.socket.wait_closed()
-        twilio = await line.caller().calls()
-        await until(lambda: line.openai.sessions)
-        await twilio.hangs_up()
-        await until(lambda: line.openai.sessions[0].socket.close_code, 1)
-
-
-async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.begins()
-        await openai.speaks(voice(500))
-        await openai.caught_up()
-        line.hooks.calls[0].hang_up()
-        await openai.speaks(voice(300, 2))
-        await openai.ends()
-        assert "<Hangup/>" in await twilio.next()
-        assert twilio.heard_so_far() == voice(500) + voice(300, 2)
-        assert line.hooks.facts("call_ended") == [{"reason": "hung up"}]
-
-
-async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.says(voice(500))
-        await openai.caught_up()
-        line.hooks.calls[0].hang_up()
-        await openai.hears_speech("u1")
-        await openai.gets("conversation.item.truncate")
-        await openai.hears_silence("u1")
-        await openai.says(voice(100))
-        await asyncio.sleep(0.2)
-        assert not twilio.socket.close_code
-
-
-async def test_a_transfer_dials_the_number_after_the_last_words() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.says(voice(200))
-        await openai.caught_up()
-        with pytest.raises(ValueError, match="E.164"):
-            line.hooks.calls[0].transfer("</Dial><Play>")
-        line.hooks.calls[0].transfer("+81312345678")
-        assert "<Response><Dial>+81312345678</Dial></Response>" in await twilio.next()
-        assert twilio.heard_so_far() == voice(200)
-
-
-async def test_a_call_ends_politely_after_max_call_seconds() -> None:
-    async with a_call(max_call_seconds=0.5) as (twilio, openai, line):
-        await openai.says(voice(700))
-        answer = await twilio.next()
-        assert "<Say" in answer and "<Hangup/>" in answer and twilio.heard_so_far() == voice(700)
-        assert line.hooks.facts("call_ended") == [{"reason": "time limit"}]
-
-
-async def test_a_call_that_the_bridge_does_not_know_is_hung_up() -> None:
-    async with a_line() as line:
-        assert (await line.caller().post("/twilio/next")).endswith("<Response><Hangup/></Response>")
-
-
-async def test_a_caller_who_stops_reading_is_bounded_in_memory_and_ended(caplog: pytest.LogCaptureFixture) -> None:
-    async with a_call() as (twilio, openai, line):
-        twilio.reader.cancel()
-        twilio.socket.transport.pause_reading()
-        await openai.begins()
-        item = await openai.speaks(voice(60_000), delta_ms=10_000)
-        for _ in range(40):
-            await openai.speaks(voice(60_000), item, delta_ms=10_000)
-            await asyncio.sleep(0)
-        await until(lambda: line.hooks.events()[-1] == "call_ended", 5)
-        assert line.hooks.facts("call_ended") == [{"reason": "twilio lost"}]
-        twilio.socket.transport.abort()
-    assert "twilio has stopped reading" in caplog.text
-
-
-async def test_a_model_that_stops_reading_is_bounded_in_memory_and_dialled_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setitem(bridge.MAX_UNSENT, "openai", 50_000)
-    async with a_call() as (twilio, openai, line):
-        openai.socket.transport.pause_reading()
-        speaking = asyncio.create_task(twilio.speaks(voice(600_000), 1000))
-        await until(lambda: len(line.openai.sessions) == 2, 8)
-        speaking.cancel()
-        await line.openai.session()
-        openai.socket.transport.abort()
-
-
-# ── Strangers on the port ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("line", [b"A:" + b" " * 2000 + b"\n", b"A: x" + b" " * 15_000 + b"b", b"A" * 8000 + b"("])
-async def test_a_header_of_nothing_but_spaces_does_not_stop_the_clock_for_everybody(line: bytes) -> None:
-    async with a_line() as running:
-        began = time.monotonic()
-        answer = await raw(running.port, b"GET /health HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n")
-        assert answer.startswith(b"HTTP/1.1 ") and time.monotonic() - began < 0.25
-
-
-async def test_a_head_that_is_too_long_gets_an_answer_also_when_it_announces_a_body() -> None:
-    async with a_line() as line:
-        headers = [f"X-{i}: {'y' * 200}" for i in range(100)]
-        assert parse_http(await raw(line.port, form_request(FORM, *headers)))[0] == 431
-
-
-@pytest.mark.parametrize("value", [b"\0", b"a\rb", b"\x7f"])
-async def test_a_header_with_a_control_character_is_answered_400(value: bytes) -> None:
-    async with a_line() as line:
-        assert parse_http(await raw(line.port, b"GET /health HTTP/1.1\r\nX: " + value + b"\r\n\r\n"))[0] == 400
-
-
-async def test_a_caller_with_an_unspeakable_name_gets_twiml_that_is_xml() -> None:
-    async with a_line() as line:
-        form = urlencode({"CallSid": "CA1", "From": "sip:\0\x0b\x1f\ufffe<&\"'>鈴木@x"})
-        twiml = (await http(line.port, "POST", "/twilio/voice", form))[2]
-        values = [p.attrib["value"] for p in ElementTree.fromstring(twiml).iter("Parameter")]
-        assert values[1] == "sip:<&\"'>鈴木@x"
-
-
-@pytest.mark.parametrize(
-    "forge", [str, lambda t: "0" + t, lambda t: "".join(chr(ord(c) + 0xFEE0) for c in t[:10]) + t[10:]]
-)
-async def test_a_used_token_is_not_good_again_also_not_when_its_expiry_is_written_in_another_way(
-    forge: Callable[[str], str],
-) -> None:
-    async with a_line(greeting="") as line:
-        twilio = await line.caller().calls()
-        await line.openai.session()
-        await twilio.hangs_up()
-        await until(lambda: not line.bridge.calls)
-        again = line.caller(token=forge(twilio.parameters["token"]))
-        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
-        await (await again.connects()).starts()
-        await asyncio.wait_for(again.socket.wait_closed(), 2)
-        assert again.socket.close_code == 1008 and len(line.openai.sessions) == 1
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Host": "evil.example:8080"},  # DNS rebinding: a page's own GET brings no Origin
-        {"Sec-Fetch-Site": "cross-site"},  # <img src="http://localhost:8080/twilio/voice?…"> in any page
-        {"Origin": "http://["},
-    ],
-)
-async def test_a_web_page_elsewhere_can_neither_dial_nor_read_pages(headers: dict[str, str]) -> None:
-    async with a_line() as line:
-        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "secret")
-        assert (await http(line.port, "GET", "/twilio/voice?CallSid=CA1", headers=headers))[0] == 403
-        assert (await http(line.port, "GET", "/log", headers=headers))[0] == 403
-        assert (await http(line.port, "GET", "/health", headers=headers))[0] == 200
-        assert not line.bridge.calls
-
-
-async def test_this_computer_may_read_pages_by_any_of_its_names_and_without_one() -> None:
-    async with a_line() as line:
-        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "mine")
-        for host in (f"localhost:{line.port}", "[::1]:8080", "127.0.0.2", "LOCALHOST", "a.localhost:1"):
-            assert (await http(line.port, "GET", "/log", headers={"Host": host}))[2] == "mine", host
-        assert parse_http(await raw(line.port, b"GET /log HTTP/1.0\r\n\r\n"))[2] == "mine"
-
-
-def frame(head: int, payload: bytes, masked: bool = True, length: int | None = None) -> bytes:
-    """A WebSocket frame, right or wrong."""
-    length = len(payload) if length is None else length
-    size = bytes([length]) if length < 126 else b"\x7e" + (length & 65535).to_bytes(2, "big")
-    if length > 65535:
-        size = b"\x7f" + length.to_bytes(8, "big")
-    mask = b"\x81\x82\x83\x84" if masked else b""
-    return (
-        bytes([head, size[0] | 128 * masked])
-        + size[1:]
-        + mask
-        + (bridge.apply_mask(payload, mask) if masked else payload)
-    )
-
-
-@pytest.mark.parametrize(
-    ("frames", "code"),
-    [
-        (frame(0x81, b"{}", masked=False), 1002),
-        (frame(0xC1, b"{}"), 1002),  # the bit of compression
-        (frame(0x09, b"ping"), 1002),  # a ping in parts
-        (frame(0x89, b"p" * 200), 1002),  # a ping of 200 bytes
-        (frame(0x83, b"?"), 1002),
-        (frame(0x80, b"the end of nothing"), 1002),
-        (frame(0x81, b"", length=1 << 40), 1009),
-        (frame(0x01, b"x" * 60_000) + frame(0x80, b"x" * 60_000), 1009),
-        (frame(0x88, b"\x03"), 1002),
-    ],
-)
-async def test_a_frame_that_breaks_the_rules_closes_its_own_call_and_no_other(frames: bytes, code: int) -> None:
-    async with a_call() as (twilio, openai, line):
-        other = await line.caller().calls()
-        other_openai = await line.openai.session()
-        other.socket.transport.write(frames)
-        await asyncio.wait_for(other.socket.wait_closed(), 3)
-        assert other.socket.close_code in (code, 1006)
-        await until(lambda: other_openai.socket.close_code, 2)
-        await openai.says(voice(60))
-        await until(lambda: twilio.heard_so_far() == voice(60))
-
-
-async def test_invalid_utf8_and_bottomless_json_are_logged_and_the_call_goes_on(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async with a_call() as (twilio, openai, _):
-        for payload in (b'{"event":"\xff\xfe"}', b"[" * 50_000, b'{"event":"mark","mark":{"name":["x"]}}', b"", b"7"):
-            await twilio.socket.send(payload, text=True)
-        await openai.says(voice(60))
-        await until(lambda: twilio.heard_so_far() == voice(60))
-    assert caplog.text.count("could not be handled") >= 4
-
-
-# ── At odd moments of a call ────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_nothing_of_a_call_goes_on_when_its_caller_hangs_up_in_the_middle_of_a_sentence() -> None:
-    async with a_call() as (twilio, openai, line):
-        for item in ("u1", "u2", "u3"):  # "yes … no … well": sentences that follow each other quickly
-            await openai.hears_speech(item)
-            await openai.hears_silence(item)
-        await openai.hears_speech("u4")
-        await openai.caught_up()
-        await twilio.hangs_up()
-        await until(lambda: line.hooks.facts("call_ended"))
-        told = len(line.hooks.told)
-        await asyncio.sleep(0.9)
-        assert len(line.hooks.told) == told, "nothing is told after call_ended"
-        assert line.hooks.calls[0].ears_ms == 0
-
-
-async def test_what_the_model_sends_while_the_call_is_being_closed_begins_nothing_anew() -> None:
-    async with a_call() as (twilio, openai, line):
-        line.hooks.results = lambda *_: asyncio.sleep(9)
-        await openai.begins()
-        await openai.caught_up()
-        openai.socket.transport.pause_reading()  # it sees our close only later
-        await twilio.hangs_up()
-        await until(lambda: line.hooks.calls[0].over.done())
-        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
-        await calls_tools(openai, a_function_call("slow"))
-        await until(lambda: line.hooks.facts("call_ended"), 2)
-        assert not line.hooks.facts("caller_spoke") and not line.hooks.calls[0].tasks
-        openai.socket.transport.abort()
-
-
-async def test_a_dial_that_fails_in_a_way_that_nobody_thought_of_ends_in_an_apology() -> None:
-    async with a_line(openai_realtime_url="ws://127.0.0.1:99999/v1/realtime") as line:
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio, 3)
-
-
-async def test_a_model_that_is_lost_for_good_while_a_tool_runs_is_apologised_for_at_once() -> None:
-    async with a_call() as (twilio, openai, line):
-        line.hooks.results = lambda *_: asyncio.sleep(9, "late")
-        await openai.begins()
-        await calls_tools(openai, a_function_call("slow"))
-        await openai.caught_up()
-        await openai.socket.close(4004, "model_not_found")
-        await hears_an_apology(line, twilio, 2)
-
-
-async def test_a_retry_that_was_planned_does_not_delay_the_apology() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.says(voice(1600))
-        await openai.begins()
-        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
-        await openai.caught_up()
-        await openai.socket.close(4004, "model_not_found")
-        await hears_an_apology(line, twilio, 4)
-
-
 async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told_to_the_next_session() -> None:
     async with a_call() as (_, openai, line):
         done = asyncio.Event()
@@ -1977,73 +2238,52 @@ async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told
         await again.gets("response.create")
 
 
-async def test_a_question_whose_words_had_not_come_when_the_session_was_lost_is_heard_by_the_next_one() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(1500, 1))
-        await until(lambda: openai.heard == voice(1500, 1))
-        await openai.hears_silence("u1")  # no transcript yet
-        await openai.begins()
-        await twilio.speaks(voice(100, 2))
-        await until(lambda: len(openai.heard) == 1600 * 8)
-        await openai.caught_up()
-        openai.socket.transport.abort()  # 1011 when an answer begins is the most usual moment
-        again = await line.openai.session()
-        await until(lambda: again.heard == voice(1500, 1) + voice(100, 2), 2)
-        await again.caught_up()
-        assert again.types() == ["session.update"], "it hears the turn end, and answers by itself"
+async def test_a_tool_that_ends_after_its_session_tells_the_next_one_in_words() -> None:
+    async with a_call() as (_, openai, line):
+        done = asyncio.Event()
 
+        async def results(*_: Any) -> str:
+            await done.wait()
+            return "25度"
 
-async def test_a_question_whose_words_have_come_is_told_in_words_only() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(1500, 1))
-        await until(lambda: openai.heard == voice(1500, 1))
-        await openai.hears_silence("u1", "はい")
+        line.hooks.results = results
         await openai.begins()
+        await calls_tools(openai, a_function_call("weather"))
         await openai.caught_up()
-        await twilio.speaks(voice(500, 2))
-        await until(lambda: len(openai.heard) == 2000 * 8)
         openai.socket.transport.abort()
         again = await line.openai.session()
-        await again.gets("conversation.item.create")
+        await until(lambda: line.hooks.calls[0].ready)
+        done.set()
+        item = (await again.gets("conversation.item.create"))["item"]
+        assert item["role"] == "system" and "25度" in item["content"][0]["text"]
+
+
+async def test_a_tool_that_a_lost_answer_wanted_is_not_run_for_the_next_session() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.begins()
+        line.hooks.results = lambda *_: asyncio.sleep(0, "paid")
+        await openai.sends("response.output_item.done", response_id="r", item=a_function_call("pay"))
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
         await again.gets("response.create")
-        await until(lambda: again.heard == voice(500, 2), 2)
+        await again.says(voice(20))
+        await again.caught_up()
+        assert not line.hooks.facts("tool_used") and "conversation.item.create" not in again.types()[2:]
 
 
-async def test_words_that_come_late_for_a_long_turn_do_not_cost_what_was_said_after_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bridge.Call, "HELD_MS", 1000)
-    async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(1000, 1))
-        await until(lambda: openai.heard == voice(1000, 1))
-        await openai.hears_silence("u1")
-        await openai.caught_up()
-        await twilio.speaks(voice(400, 2))
-        await until(lambda: len(openai.heard) == 1400 * 8)
-        kind = "conversation.item.input_audio_transcription.completed"
-        await openai.sends(kind, item_id="u1", content_index=0, transcript="はい")
-        await openai.caught_up()
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await until(lambda: again.heard == voice(400, 2), 2)
+# ── 8 Answering: when an answer fails ───────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_question_that_was_answered_but_never_transcribed_is_not_asked_twice() -> None:
-    async with a_call(transcription_model="") as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(400, 1))
-        await until(lambda: openai.heard == voice(400, 1))
-        await openai.hears_silence("u1")
-        await openai.says(voice(60))
-        await until(lambda: line.hooks.facts("model_said"))
-        await twilio.speaks(voice(60, 2))
-        await until(lambda: len(openai.heard) == 460 * 8)
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await until(lambda: again.heard == voice(60, 2), 2)
+async def test_an_answer_that_fails_once_is_spoken_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
+    async with a_call(greeting="もしもし") as (twilio, openai, _):
+        for _ in range(2):
+            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            assert "もしもし" in (await openai.gets("response.create"))["response"]["instructions"]
+            await until(lambda: openai.response)
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
 
 
 async def test_an_answer_that_openai_refuses_to_begin_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2070,51 +2310,273 @@ async def test_an_answer_that_openai_refuses_to_begin_is_asked_for_again(monkeyp
         assert line.openai.sessions[0].creates == 3
 
 
-async def test_a_caller_who_begins_twice_before_openai_has_stopped_is_one_cancel() -> None:
-    async with a_call(session=NO_INTERRUPT) as (_, openai, _):
-        await openai.begins()
-        await openai.speaks(voice(400))
-        for item in ("u1", "u2"):
-            await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id=item)
-        await openai.caught_up()
-        assert openai.types().count("response.cancel") == 1
-
-
-async def test_half_a_character_in_what_was_said_does_not_stop_the_next_session() -> None:
-    async with a_call() as (_, openai, line):
-        await openai.hears_speech("u1")
-        await openai.hears_silence("u1")
-        kind = "conversation.item.input_audio_transcription.completed"
-        await openai.socket.send(json.dumps({"type": kind, "item_id": "u1", "transcript": "\ud83d"}))
-        await openai.caught_up()  # JSON can say it, UTF-8 cannot
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await again.gets("conversation.item.create")
-        await until(lambda: line.hooks.calls[0].ready)
-
-
-async def test_calls_that_twilio_never_asks_about_again_are_not_remembered_for_ever() -> None:
-    async with a_line(greeting="") as line:
-        twilio = await line.caller().calls()
-        await until(lambda: line.hooks.calls)
-        line.hooks.calls[0].hang_up()
-        await asyncio.wait_for(twilio.socket.wait_closed(), 2)  # and /twilio/next goes to another machine
-        await until(lambda: not line.bridge.calls)
-        assert not line.bridge.not_yet_asked
-
-
-async def test_how_much_was_heard_of_the_last_words_is_taken_when_the_caller_hangs_up() -> None:
+async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an_apology(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
     async with a_call() as (twilio, openai, line):
-        await openai.says(voice(2000), "長い返事です。")
-        await until(lambda: len(twilio.heard_so_far()) > 1200)
-        openai.socket.transport.pause_reading()  # its close takes the whole second
-        twilio.socket.transport.abort()
-        await until(lambda: line.hooks.facts("call_ended"), 2)
-        assert line.hooks.facts("model_said")[0]["heard_ms"] < 198
-        openai.socket.transport.abort()
+        await openai.begins()
+        for _ in range(2):
+            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            assert await openai.gets("response.create") == {"type": "response.create"}
+            await until(lambda: openai.response)
+        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await hears_an_apology(line, twilio)
 
 
-# ── The wire, to the byte ───────────────────────────────────────────────────────────────────────────────────────
+async def test_only_failures_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.02, 0.02))
+    async with a_call() as (twilio, openai, _):
+        for _ in range(4):
+            await openai.begins()
+            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            await openai.gets("response.create")
+            await until(lambda: openai.response)
+            await openai.says(voice(20))
+        await openai.caught_up()
+        assert not twilio.socket.close_code
+
+
+async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.1))
+    async with a_call() as (_, openai, _):
+        await openai.begins()
+        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.hears_silence(await openai.hears_speech())
+        await openai.says(voice(20))
+        await asyncio.sleep(0.2)
+        assert openai.creates == 0
+
+
+async def test_a_quota_that_is_used_up_in_the_middle_ends_in_an_apology() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.ends("failed", error={"code": "insufficient_quota", "message": "You exceeded your current quota"})
+        await hears_an_apology(line, twilio)
+
+
+# ── 9 The end ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.speaks(voice(500))
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await openai.speaks(voice(300, 2))
+        await openai.ends()
+        assert "<Hangup/>" in await twilio.next()
+        assert twilio.heard_so_far() == voice(500) + voice(300, 2)
+        assert line.hooks.facts("call_ended") == [{"reason": "hung up"}]
+
+
+async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_longer() -> None:
+    for words in (voice(100), b""):
+        async with a_call() as (twilio, openai, line):
+            await openai.begins()
+            await openai.caught_up()
+            line.hooks.calls[0].hang_up()
+            await openai.speaks(words)
+            await openai.ends()
+            assert "<Hangup/>" in await twilio.next()
+            assert twilio.heard_so_far() == words
+
+
+async def test_hanging_up_waits_for_a_tool_that_is_running() -> None:
+    async with a_call() as (twilio, openai, line):
+        done = asyncio.Event()
+        line.hooks.results = lambda *_: done.wait()
+        await openai.begins()
+        await calls_tools(openai, a_function_call("slow"))
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await asyncio.sleep(0.05)
+        assert not twilio.socket.close_code
+        done.set()
+        await openai.gets("conversation.item.create")
+
+
+async def test_a_model_that_hangs_up_without_a_word_is_asked_for_one() -> None:
+    async with a_call() as (twilio, openai, line):
+
+        async def results(call: Any, *_: Any) -> str:
+            call.hang_up()
+            return "ok"
+
+        line.hooks.results = results
+        await openai.begins()
+        await calls_tools(openai, a_function_call("hang_up"))
+        await openai.gets("conversation.item.create")
+        await openai.gets("response.create")
+        await openai.says(voice(100))
+        assert "<Hangup/>" in await twilio.next()
+        assert twilio.heard_so_far() == voice(100)
+
+
+async def test_a_goodbye_that_was_spoken_before_the_tool_hung_up_is_not_followed_by_a_wait() -> None:
+    async with a_call() as (twilio, openai, line):
+
+        async def results(call: Any, *_: Any) -> str:
+            await until(lambda: not call.marks)
+            call.hang_up()
+            await asyncio.sleep(0.05)
+            return "ok"
+
+        line.hooks.results = results
+        await openai.begins()
+        await openai.speaks(voice(100))
+        await calls_tools(openai, a_function_call("hang_up"))
+        await asyncio.wait_for(twilio.socket.wait_closed(), 2)
+        assert openai.creates == 0
+
+
+async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.1)
+    async with a_call() as (twilio, openai, line):
+        twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
+        await openai.says(voice(100))
+        await until(lambda: twilio.marks)
+        line.hooks.calls[0].hang_up()
+        assert "<Hangup/>" in await asyncio.wait_for(twilio.next(), 1)
+
+
+async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(500))
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await openai.hears_speech("u1")
+        await openai.gets("conversation.item.truncate")
+        await openai.hears_silence("u1")
+        await openai.says(voice(100))
+        await asyncio.sleep(0.2)
+        assert not twilio.socket.close_code
+
+
+async def test_hanging_up_that_was_called_off_does_not_happen_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.05)
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(200))
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await openai.hears_speech()
+        await asyncio.sleep(0.4)
+        assert not twilio.socket.close_code
+
+
+async def test_a_transfer_dials_the_number_after_the_last_words() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(200))
+        await openai.caught_up()
+        with pytest.raises(ValueError, match="E.164"):
+            line.hooks.calls[0].transfer("</Dial><Play>")
+        line.hooks.calls[0].transfer("+81312345678")
+        assert "<Response><Dial>+81312345678</Dial></Response>" in await twilio.next()
+        assert twilio.heard_so_far() == voice(200)
+
+
+async def test_a_transfer_that_overtakes_a_hanging_up_is_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.2)
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.caught_up()
+        line.hooks.calls[0].hang_up()
+        await asyncio.sleep(0.1)
+        line.hooks.calls[0].transfer("+81312345678")
+        assert "<Dial>" in await twilio.next()
+
+
+async def test_a_call_ends_politely_after_max_call_seconds() -> None:
+    async with a_call(max_call_seconds=0.5) as (twilio, openai, line):
+        await openai.says(voice(700))
+        answer = await twilio.next()
+        assert "<Say" in answer and "<Hangup/>" in answer and twilio.heard_so_far() == voice(700)
+        assert line.hooks.facts("call_ended") == [{"reason": "time limit"}]
+
+
+# ── 10 The wire: messages ───────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_messages_arrive_whole_however_the_bytes_are_cut() -> None:
+    async with a_call() as (twilio, openai, _):
+        write = twilio.socket.transport.write
+        sent = bytearray()
+        twilio.socket.transport.write = sent.extend  # type: ignore[method-assign]
+        await twilio.speaks(voice(200, 1))
+        ping = asyncio.ensure_future(twilio.socket.ping(b""))
+        await twilio.speaks(voice(200, 2))
+        await asyncio.sleep(0)
+        twilio.socket.transport.write = write  # type: ignore[method-assign]
+        for at in range(0, len(sent), 3):
+            write(bytes(sent[at : at + 3]))
+            await asyncio.sleep(0)
+        await until(lambda: len(openai.heard) == 8 * 400)
+        assert openai.heard == voice(200, 1) + voice(200, 2)
+        await asyncio.wait_for(await ping, 1)
+
+
+async def test_a_message_of_any_size_is_delivered_and_what_follows_it_too() -> None:
+    async with a_call() as (twilio, openai, _):
+        await openai.begins()
+        await openai.speaks(voice(100, 1), "a")
+        await openai.speaks(voice(9000, 2), "a", delta_ms=9000)  # a frame of 96 KB, with a length of 64 bits
+        await openai.speaks(voice(100, 3), "a")
+        await until(lambda: len(twilio.sent_to_it()) == 8 * 9200)
+        assert twilio.sent_to_it() == voice(100, 1) + voice(9000, 2) + voice(100, 3)
+
+
+async def test_messages_of_every_length_of_length_arrive_as_they_were_sent_and_with_masks_of_their_own() -> None:
+    async with a_call() as (_, openai, line):
+        leg, masks, write = line.hooks.calls[0].openai, set(), line.hooks.calls[0].openai.transport.write
+
+        def see(data: bytes) -> None:
+            masks.add(data[{126: 4, 127: 10}.get(data[1] & 127, 2) :][:4])
+            write(data)
+
+        leg.transport.write = see
+        lengths = [125, 126, 65535, 65536] + [125] * 300  # more than one handful of random bytes
+        for length in lengths:
+            text = bridge.dump({"type": "response.cancel", "response_id": "x"})
+            leg.send_now(text[:-2] + b"x" * (length - len(text)) + text[-2:])
+        await until(lambda: len(openai.received) == 1 + len(lengths))
+        sent = [len(bridge.dump(event)) for event in openai.received[1:]]
+        assert sent == lengths and len(masks) == len(lengths)
+        line.openai.expected_errors = {"response_cancel_not_active"}
+
+
+async def test_a_message_in_another_form_or_in_several_frames_is_the_same_message() -> None:
+    async with a_call() as (twilio, openai, _):
+        media = {"payload": b64(voice(20, 1)), "timestamp": "0", "track": "inbound"}
+        text = json.dumps({"streamSid": twilio.stream_sid, "media": media, "event": "media"}, indent=1)
+        await twilio.socket.send(text)
+        await twilio.socket.send([text.replace('"0"', '"20"')[:50], text.replace('"0"', '"20"')[50:]])
+        await twilio.socket.send(text.replace('"0"', '"40"').replace("/", "\\/"))
+        await until(lambda: openai.heard == voice(20, 1) * 3)
+
+
+async def test_an_empty_ping_is_answered_at_once() -> None:
+    async with a_call() as (_, openai, _):
+        await asyncio.wait_for(await openai.socket.ping(b""), 1)
+
+
+def frame(head: int, payload: bytes, masked: bool = True, length: int | None = None) -> bytes:
+    """A WebSocket frame, right or wrong."""
+    length = len(payload) if length is None else length
+    size = bytes([length]) if length < 126 else b"\x7e" + (length & 65535).to_bytes(2, "big")
+    if length > 65535:
+        size = b"\x7f" + length.to_bytes(8, "big")
+    mask = b"\x81\x82\x83\x84" if masked else b""
+    return (
+        bytes([head, size[0] | 128 * masked])
+        + size[1:]
+        + mask
+        + (bridge.apply_mask(payload, mask) if masked else payload)
+    )
 
 
 @pytest.mark.parametrize("cut", [0, 3, 40])
@@ -2155,23 +2617,148 @@ async def test_a_frame_whose_header_comes_with_the_handshake_is_read_whole(come:
         await twilio.hangs_up()
 
 
-async def test_messages_of_every_length_of_length_arrive_as_they_were_sent_and_with_masks_of_their_own() -> None:
-    async with a_call() as (_, openai, line):
-        leg, masks, write = line.hooks.calls[0].openai, set(), line.hooks.calls[0].openai.transport.write
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        (frame(0x81, b"{}", masked=False), 1002),
+        (frame(0xC1, b"{}"), 1002),  # the bit of compression
+        (frame(0x09, b"ping"), 1002),  # a ping in parts
+        (frame(0x89, b"p" * 200), 1002),  # a ping of 200 bytes
+        (frame(0x83, b"?"), 1002),
+        (frame(0x80, b"the end of nothing"), 1002),
+        (frame(0x81, b"", length=1 << 40), 1009),
+        (frame(0x01, b"x" * 60_000) + frame(0x80, b"x" * 60_000), 1009),
+        (frame(0x88, b"\x03"), 1002),
+    ],
+)
+async def test_a_frame_that_breaks_the_rules_closes_its_own_call_and_no_other(frames: bytes, code: int) -> None:
+    async with a_call() as (twilio, openai, line):
+        other = await line.caller().calls()
+        other_openai = await line.openai.session()
+        other.socket.transport.write(frames)
+        await asyncio.wait_for(other.socket.wait_closed(), 3)
+        assert other.socket.close_code in (code, 1006)
+        await until(lambda: other_openai.socket.close_code, 2)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
 
-        def see(data: bytes) -> None:
-            masks.add(data[{126: 4, 127: 10}.get(data[1] & 127, 2) :][:4])
-            write(data)
 
-        leg.transport.write = see
-        lengths = [125, 126, 65535, 65536] + [125] * 300  # more than one handful of random bytes
-        for length in lengths:
-            text = bridge.dump({"type": "response.cancel", "response_id": "x"})
-            leg.send_now(text[:-2] + b"x" * (length - len(text)) + text[-2:])
-        await until(lambda: len(openai.received) == 1 + len(lengths))
-        sent = [len(bridge.dump(event)) for event in openai.received[1:]]
-        assert sent == lengths and len(masks) == len(lengths)
-        line.openai.expected_errors = {"response_cancel_not_active"}
+async def test_a_message_that_is_not_as_documented_is_logged_and_the_call_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_call() as (twilio, openai, _):
+        await twilio.socket.send("not json")
+        await twilio.sends({"event": "media", "media": {"timestamp": "0", "payload": '"},{"type":"session.close"'}})
+        await twilio.sends({"event": "a new one"})
+        await openai.sends("response.output_audio.delta")
+        await openai.sends("a.new.one")
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+    assert caplog.text.count("could not be handled") == 3
+
+
+async def test_invalid_utf8_and_bottomless_json_are_logged_and_the_call_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_call() as (twilio, openai, _):
+        for payload in (b'{"event":"\xff\xfe"}', b"[" * 50_000, b'{"event":"mark","mark":{"name":["x"]}}', b"", b"7"):
+            await twilio.socket.send(payload, text=True)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+    assert caplog.text.count("could not be handled") >= 4
+
+
+async def test_a_caller_who_stops_reading_is_bounded_in_memory_and_ended(caplog: pytest.LogCaptureFixture) -> None:
+    async with a_call() as (twilio, openai, line):
+        twilio.reader.cancel()
+        twilio.socket.transport.pause_reading()
+        await openai.begins()
+        item = await openai.speaks(voice(60_000), delta_ms=10_000)
+        for _ in range(40):
+            await openai.speaks(voice(60_000), item, delta_ms=10_000)
+            await asyncio.sleep(0)
+        await until(lambda: line.hooks.events()[-1] == "call_ended", 5)
+        assert line.hooks.facts("call_ended") == [{"reason": "twilio lost"}]
+        twilio.socket.transport.abort()
+    assert "twilio has stopped reading" in caplog.text
+
+
+async def test_a_model_that_stops_reading_is_bounded_in_memory_and_dialled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(bridge.MAX_UNSENT, "openai", 50_000)
+    async with a_call() as (twilio, openai, line):
+        openai.socket.transport.pause_reading()
+        speaking = asyncio.create_task(twilio.speaks(voice(600_000), 1000))
+        await until(lambda: len(line.openai.sessions) == 2, 8)
+        speaking.cancel()
+        await line.openai.session()
+        openai.socket.transport.abort()
+
+
+# ── 10 The wire: requests ───────────────────────────────────────────────────────────────────────────────────────
+
+HOST = b"Host: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"POST /twilio/voice HTTP/1.0\r\nContent-Length: 0\r\n\r\n", 200),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+        (form_request(b"CallSid=CA6&x=" + b"y" * (65536 - 14)), 200),
+        (form_request(b"CallSid=CA7", "Content-Length: 11"), 200),
+        (form_request(b"CallSid=CA8") + b"POST / HTTP/1.1\r\n\r\n" + b"garbage" * 1000, 200),
+        (form_request(b"y" * 65537), 413),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Expect: 100-continue\r\nContent-Length: 99999999\r\n\r\n", 413),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+        (form_request(b"a=b", "Transfer-Encoding: chunked"), 411),
+        (form_request(b"a=b", "Content-Length: 4"), 400),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n", 400),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nExpect: tea\r\n\r\n", 417),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"no colon here\r\n\r\n", 400),
+        (b"what is this\r\n\r\n", 400),
+        (form_request(b"a=b", method="PUT"), 405),
+        (form_request(b"", method="DELETE", path="/health"), 405),
+        (form_request(b"a=b", path="/nowhere"), 404),
+        (form_request(b"body", method="GET", path="/health"), 200),
+        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"\r\n", 426),
+        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"y" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /" + b"y" * 9_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+    ],
+)
+async def test_every_request_gets_an_http_answer(request_bytes: bytes, status: int) -> None:
+    async with a_line() as line:
+        assert parse_http(await raw(line.port, request_bytes))[0] == status
+
+
+async def test_head_is_answered_without_a_body_and_405_says_what_is_allowed() -> None:
+    async with a_line() as line:
+        status, headers, body = await http(line.port, "HEAD", "/health")
+        assert (status, body) == (200, "") and int(headers["Content-Length"]) > 0
+        status, headers, body = await http(line.port, "HEAD", "/twilio/voice")
+        assert (status, headers["Allow"], body) == (405, "POST, GET", "")
+        assert not line.bridge.calls
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+async def test_a_form_may_come_in_any_number_of_segments(size: int) -> None:
+    async with a_line() as line:
+        request = form_request(FORM)
+        segments = [request[i : i + size] for i in range(0, len(request), size)]
+        status, _, body = parse_http(await raw(line.port, *segments, pause_s=0.001))
+        assert status == 200 and "<Stream" in body and "CA5" in line.bridge.calls
+
+
+async def test_a_form_that_waits_for_100_continue_is_told_to_go_on() -> None:
+    async with a_line() as line:
+        reader, writer = await asyncio.open_connection("127.0.0.1", line.port)
+        writer.write(form_request(FORM, "Expect: 100-continue")[: -len(FORM)])
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(FORM)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
 async def test_nothing_that_follows_a_form_is_taken_for_a_part_of_it_and_continue_is_said_once() -> None:
@@ -2185,480 +2772,54 @@ async def test_nothing_that_follows_a_form_is_taken_for_a_part_of_it_and_continu
         assert answer.count(b"100 Continue") == 1 and b"200 OK" in answer
 
 
-# ── Who may call, to the letter ─────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [
-        *(("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("[::1]", True), ("::ffff:127.0.0.1", True)),
-        *(("localhost", True), ("my.localhost", True), ("203.0.113.5", False), ("::ffff:203.0.113.5", False)),
-        *(("localhost.evil.example", False), ("0.0.0.0", False), ("", False), ("127.0.0.1.evil.example", False)),
-    ],
-)
-def test_this_computer_has_these_names_and_no_others(host: str, loopback: bool) -> None:
-    assert bridge.is_loopback(host) is loopback
-
-
-async def test_another_computer_is_refused_while_no_auth_token_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.TwilioLeg, "remote_address", ("203.0.113.5", 1))
+async def test_a_body_that_never_comes_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "FORM_TIMEOUT_S", 0.2)
     async with a_line() as line:
-        line.hooks.pages["/"] = lambda connection, request: connection.respond(200, "the browser phone")
-        assert (await http(line.port, "POST", "/twilio/voice", FORM))[0] == 403
-        assert "phone" not in (await http(line.port, "GET", "/"))[2].replace("telephone", "")
+        for request in (form_request(FORM)[:-1], form_request(FORM)[:30]):
+            assert parse_http(await raw(line.port, request))[0] == 408
 
 
-async def test_a_signature_that_comes_twice_is_none() -> None:
-    async with a_line(**SIGNED) as line:
-        good = signed("https://mycompany.com/twilio/next", {})["X-Twilio-Signature"]
-        both = [f"X-Twilio-Signature: {value}" for value in (good, "another")]
-        assert parse_http(await raw(line.port, form_request(b"", both[0], path="/twilio/next")))[0] == 200
-        assert parse_http(await raw(line.port, form_request(b"", *both, path="/twilio/next")))[0] == 403
-
-
-async def test_without_a_public_address_signed_calls_of_this_computer_only_are_let_in(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async with a_line(twilio_auth_token="12345", greeting="") as line:
-        for scheme in ("http", "https"):
-            headers = signed(f"{scheme}://127.0.0.1:{line.port}/twilio/next", {})
-            assert (await http(line.port, "POST", "/twilio/next", headers=headers))[0] == 200
-            headers["X-Forwarded-For"] = "1.2.3.4"
-            assert (await http(line.port, "POST", "/twilio/next", headers=headers))[0] == 403
-    assert "PUBLIC_BASE_URL is not set" in caplog.text
-
-
-async def test_while_draining_new_callers_are_told_and_calls_that_were_answered_go_on() -> None:
-    async with a_line(**SIGNED) as other, a_line(**SIGNED) as line:
-        known, elsewhere = await line.caller().dials(), await other.caller().dials()
-        line.bridge.draining = True
-        assert "入れ替え" in await line.caller().post("/twilio/voice")
-        assert "<Stream" in await known.post("/twilio/voice")
-        elsewhere.port = line.port
-        await (await elsewhere.connects()).starts()
-        assert "入れ替え" in await elsewhere.next() and not line.bridge.not_yet_asked
-        await (await known.connects()).starts()
-        await until(lambda: line.hooks.calls, 2)
-        assert (await http(line.port, "GET", "/health"))[0] == 503
-        await known.hangs_up()
-
-
-async def test_a_full_house_still_answers_a_second_delivery_and_apologises_to_a_stream_from_elsewhere() -> None:
-    async with a_line(**SIGNED) as other, a_line(**SIGNED, max_calls=1) as line:
-        known, elsewhere = await line.caller().dials(), await other.caller().dials()
-        assert "<Stream" in await known.post("/twilio/voice")
-        elsewhere.port = line.port
-        await (await elsewhere.connects()).starts()
-        assert "込み合って" in await elsewhere.next()
-        assert len(line.bridge.calls) == 1
-
-
-def test_what_is_remembered_of_ended_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge, "REMEMBERED", 2)
-    memory: dict[str, int] = {}
-    for number in range(5):
-        bridge.keep(memory, str(number), number)
-    assert list(memory) == ["3", "4"]
-
-
-# ── The life of a call ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_call_whose_stream_has_come_is_not_ended_as_unclaimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
-    async with a_call() as (twilio, _, line):
-        await asyncio.sleep(0.3)
-        assert not twilio.socket.close_code and not line.hooks.calls[0].over.done()
-
-
-async def test_timers_and_tools_end_with_their_call() -> None:
-    async with a_call() as (twilio, openai, line):
-        ended = asyncio.Event()
-
-        async def results(*_: Any) -> str:
-            try:
-                return str(await asyncio.sleep(9))
-            finally:
-                ended.set()
-
-        line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("slow"))
-        await openai.caught_up()
-        await twilio.hangs_up()
-        await asyncio.wait_for(ended.wait(), 1)
-        assert all(timer.cancelled() for timer in line.hooks.calls[0].timers.values())
-
-
-async def test_a_goodbye_that_was_spoken_before_the_tool_hung_up_is_not_followed_by_a_wait() -> None:
-    async with a_call() as (twilio, openai, line):
-
-        async def results(call: Any, *_: Any) -> str:
-            await until(lambda: not call.marks)
-            call.hang_up()
-            await asyncio.sleep(0.05)
-            return "ok"
-
-        line.hooks.results = results
-        await openai.begins()
-        await openai.speaks(voice(100))
-        await calls_tools(openai, a_function_call("hang_up"))
-        await asyncio.wait_for(twilio.socket.wait_closed(), 2)
-        assert openai.creates == 0
-
-
-async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_off() -> None:
-    async with a_call() as (twilio, openai, line):
-        await openai.says(voice(400))
-        await openai.sends("error", error={"code": "insufficient_quota", "message": "", "event_id": None})
-        await openai.says(voice(100, 2))
-        await openai.hears_speech()
-        await openai.caught_up()
-        line.hooks.calls[0].hang_up()
-        await openai.socket.close(1011)
-        await hears_an_apology(line, twilio)
-        assert twilio.heard_so_far() == voice(400) and len(line.openai.sessions) == 1
-
-
-async def test_a_loss_that_is_long_after_the_one_before_it_is_dialled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "LOST_AGAIN_S", 0.1)
-    async with a_call() as (_, openai, line):
-        for _ in range(2):
-            openai.socket.transport.abort()
-            openai = await line.openai.session()
-            await asyncio.sleep(0.15)
-
-
-@pytest.mark.parametrize(("status", "dials"), [(401, 2), (404, 2), (429, 3), (503, 3)])
-async def test_an_http_answer_to_the_dial_is_final_unless_it_says_later(
-    status: int, dials: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bridge.Call, "DIAL_PAUSE_S", 0.01)
-    monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.5)
-    asked: list[str] = []
-
-    def refuse(connection: ServerConnection, request: Any) -> Any:
-        asked.append(request.path)
-        return connection.respond(status, "no")
-
-    async with serve(lambda socket: socket.wait_closed(), "127.0.0.1", 0, process_request=refuse) as server:
-        port = next(iter(server.sockets)).getsockname()[1]
-        async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/") as line:
-            twilio = await line.caller().calls()
-            await hears_an_apology(line, twilio)
-    assert min(len(asked), 3) == dials, "once at the webhook and, unless that is still known, once at the stream"
-
-
-async def test_a_final_close_code_before_the_session_is_set_up_is_not_dialled_again() -> None:
+async def test_a_head_that_is_too_long_gets_an_answer_also_when_it_announces_a_body() -> None:
     async with a_line() as line:
-        line.openai.on_dial = lambda session: session.socket.close(4000, "invalid_model")
-        twilio = await line.caller().calls()
-        await hears_an_apology(line, twilio)
-        assert len(line.openai.sessions) == 1
+        headers = [f"X-{i}: {'y' * 200}" for i in range(100)]
+        assert parse_http(await raw(line.port, form_request(FORM, *headers)))[0] == 431
 
 
-async def test_a_session_that_would_speak_in_another_format_is_never_played_either() -> None:
+@pytest.mark.parametrize("value", [b"\0", b"a\rb", b"\x7f"])
+async def test_a_header_with_a_control_character_is_answered_400(value: bytes) -> None:
     async with a_line() as line:
-
-        async def grants(session: PretendSession) -> None:
-            audio = {"input": {"format": {"type": "audio/pcmu"}}, "output": {"format": {"type": "audio/pcm"}}}
-            await session.sends("session.updated", session={"audio": audio})
-            await session.socket.wait_closed()
-
-        line.openai.on_dial = grants
-        await hears_an_apology(line, await line.caller().calls())
+        assert parse_http(await raw(line.port, b"GET /health HTTP/1.1\r\nX: " + value + b"\r\n\r\n"))[0] == 400
 
 
-# ── One session after another ───────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("line", [b"A:" + b" " * 2000 + b"\n", b"A: x" + b" " * 15_000 + b"b", b"A" * 8000 + b"("])
+async def test_a_header_of_nothing_but_spaces_does_not_stop_the_clock_for_everybody(line: bytes) -> None:
+    async with a_line() as running:
+        began = time.monotonic()
+        answer = await raw(running.port, b"GET /health HTTP/1.1\r\n" + HOST + line + b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 ") and time.monotonic() - began < 0.25
 
 
-async def test_a_caller_who_was_speaking_when_the_session_was_lost_is_not_talked_over_by_the_next() -> None:
-    async with a_call() as (_, openai, line):
-        await openai.hears_speech("u1")
-        await openai.hears_silence("u1", "はい")
-        await openai.hears_speech("u2")
-        await openai.caught_up()
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await again.gets("conversation.item.create")
-        await again.caught_up()
-        assert again.creates == 0
+# ── 11 Serve ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_a_hook_told_while_no_session_was_there_is_answered_by_the_next() -> None:
-    async with a_call() as (_, openai, line):
-        opens = line.openai.opens_late()
-        openai.socket.transport.abort()
-        await until(lambda: not line.hooks.calls[0].ready)
-        line.hooks.calls[0].tell_model("鍵が押された")
-        await asyncio.sleep(0)
-        opens.set()
-        again = await line.openai.session()
-        assert (await again.gets("conversation.item.create"))["item"]["content"][0]["text"] == "鍵が押された"
-        await again.gets("response.create")
+async def test_health_counts_the_calls() -> None:
+    async with a_call() as (_, _, line):
+        status, headers, body = await http(line.port, "GET", "/health")
+        assert (status, headers["Content-Type"]) == (200, "application/json")
+        assert json.loads(body).items() >= {"status": "ok", "calls": 1, "waiting": 0, "peak_calls": 1}.items()
+    assert bridge.health(line.bridge)["calls"] == 0
 
 
-async def test_a_tool_that_a_lost_answer_wanted_is_not_run_for_the_next_session() -> None:
-    async with a_call() as (_, openai, line):
-        await openai.begins()
-        line.hooks.results = lambda *_: asyncio.sleep(0, "paid")
-        await openai.sends("response.output_item.done", response_id="r", item=a_function_call("pay"))
-        await openai.caught_up()
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await again.gets("response.create")
-        await again.says(voice(20))
-        await again.caught_up()
-        assert not line.hooks.facts("tool_used") and "conversation.item.create" not in again.types()[2:]
-
-
-async def test_only_the_last_second_before_the_caller_speaks_is_kept_and_nothing_counts_as_lost(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    async with a_call() as (twilio, openai, line):
-        await twilio.speaks(voice(3000), 100)
-        await until(lambda: len(openai.heard) == 24_000)
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await until(lambda: again.heard == voice(3000)[-8000:], 2)
-        await twilio.hangs_up()
-        await until(lambda: not line.bridge.calls)
-    assert "never reached the model" not in caplog.text
-
-
-async def test_a_new_session_is_told_the_last_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "HISTORY", 2)
-    async with a_call() as (_, openai, line):
-        for item in ("u1", "u2", "u3"):
-            await openai.hears_speech(item)
-            await openai.hears_silence(item, item)
-        await openai.caught_up()
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        texts = [(await again.gets("conversation.item.create"))["item"]["content"][0]["text"] for _ in range(2)]
-        assert texts == ["u2", "u3"]
-
-
-# ── Listening and playing, to the millisecond ───────────────────────────────────────────────────────────────────
-
-
-async def test_a_clock_that_begins_anew_still_shows_holes_and_a_long_hole_is_cut() -> None:
-    async with a_call() as (twilio, openai, _):
-        twilio.timestamp_ms = 100_000
-        await twilio.speaks(voice(20, 1))
-        twilio.timestamp_ms = 0
-        await twilio.speaks(voice(20, 2))
-        twilio.timestamp_ms += 100
-        await twilio.speaks(voice(20, 3))
-        twilio.timestamp_ms += 45_000
-        await twilio.speaks(voice(20, 4))
-        heard = voice(20, 1) + voice(20, 2) + b"\xff" * 800 + voice(20, 3) + b"\xff" * 240_000 + voice(20, 4)
-        await until(lambda: len(openai.heard) >= len(heard))
-        assert openai.heard == heard
-
-
-async def test_the_clock_never_tells_of_more_than_the_next_mark() -> None:
-    async with a_call() as (twilio, openai, _):
-        twilio.returns_mark = lambda name: None  # type: ignore[method-assign] # Twilio has not begun to play
-        await openai.says(voice(2000))
-        await until(lambda: twilio.marks)
-        await asyncio.sleep(0.3)
-        await openai.hears_speech()
-        assert (await openai.gets("conversation.item.truncate"))["audio_end_ms"] == 198
-
-
-async def test_a_caller_who_begins_twice_clears_and_truncates_once() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.says(voice(1000))
-        await until(lambda: len(twilio.heard_so_far()) > 400)
-        await openai.hears_speech()
-        await openai.hears_speech()
-        await openai.caught_up()
-        assert twilio.clears == 1 and len(openai.truncates()) == 1
-
-
-async def test_the_beginning_of_an_answer_after_a_barge_in_is_measured_by_the_clock() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.says(voice(2000, 1))
-        await until(lambda: len(twilio.heard_so_far()) > 400)
-        await openai.hears_silence(await openai.hears_speech())
-        await until(lambda: twilio.clears)
-        before = len(twilio.heard_so_far())
-        second = await openai.says(voice(1000, 2))
-        await until(lambda: len(twilio.heard_so_far()) > before + 960)
-        await openai.hears_speech()
-        await openai.caught_up()
-        assert openai.truncates()[1][0] == second and openai.truncates()[1][1] > 60
-
-
-async def test_what_comes_late_for_an_item_that_was_heard_is_truncated_at_its_own_end() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.begins()
-        first = await openai.speaks(voice(100, 1))
-        await openai.speaks(voice(400, 2))
-        await until(lambda: len(twilio.heard_so_far()) > 1600)
-        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
-        await openai.speaks(voice(100, 3), first)
-        await openai.caught_up()
-        assert dict(openai.truncates())[first] == 100
-
-
-async def test_two_wishes_at_once_are_one_answer() -> None:
-    async with a_call() as (_, openai, line):
-        for text in ("一", "二"):
-            line.hooks.calls[0].tell_model(text)
-        await until(lambda: openai.creates)
-        await openai.says(voice(20))
-        await openai.caught_up()
-        assert openai.creates == 1
-
-
-async def test_an_answer_that_begins_while_the_caller_is_speaking_is_not_heard_before_its_cancel_takes_effect() -> None:
-    async with a_call() as (twilio, openai, _):
-        await openai.hears_speech()
-        await openai.begins()
-        await openai.speaks(voice(100))
-        await openai.caught_up()
-        assert twilio.received == []
-
-
-async def test_hanging_up_that_was_called_off_does_not_happen_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.05)
-    async with a_call() as (twilio, openai, line):
-        await openai.says(voice(200))
-        await openai.caught_up()
-        line.hooks.calls[0].hang_up()
-        await openai.hears_speech()
-        await asyncio.sleep(0.4)
-        assert not twilio.socket.close_code
-
-
-async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
+async def test_a_loop_that_rests_between_two_looks_at_its_sockets_loses_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.1)
+    monkeypatch.setattr(bridge, "BATCH_ABOVE_CALLS", 0)
     async with a_call() as (twilio, openai, line):
-        twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
-        await openai.says(voice(100))
-        await until(lambda: twilio.marks)
-        line.hooks.calls[0].hang_up()
-        assert "<Hangup/>" in await asyncio.wait_for(twilio.next(), 1)
-
-
-# ── Answering and the end ───────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.1))
-    async with a_call() as (_, openai, _):
-        await openai.begins()
-        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
-        await openai.hears_silence(await openai.hears_speech())
-        await openai.says(voice(20))
-        await asyncio.sleep(0.2)
-        assert openai.creates == 0
-
-
-async def test_only_failures_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.02, 0.02))
-    async with a_call() as (twilio, openai, _):
-        for _ in range(4):
-            await openai.begins()
-            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
-            await openai.gets("response.create")
-            await until(lambda: openai.response)
-            await openai.says(voice(20))
-        await openai.caught_up()
-        assert not twilio.socket.close_code
-
-
-async def test_a_tool_that_ends_after_its_session_tells_the_next_one_in_words() -> None:
-    async with a_call() as (_, openai, line):
-        done = asyncio.Event()
-
-        async def results(*_: Any) -> str:
-            await done.wait()
-            return "25度"
-
-        line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("weather"))
-        await openai.caught_up()
-        openai.socket.transport.abort()
-        again = await line.openai.session()
-        await until(lambda: line.hooks.calls[0].ready)
-        done.set()
-        item = (await again.gets("conversation.item.create"))["item"]
-        assert item["role"] == "system" and "25度" in item["content"][0]["text"]
-
-
-async def test_a_model_that_hangs_up_without_a_word_is_asked_for_one() -> None:
-    async with a_call() as (twilio, openai, line):
-
-        async def results(call: Any, *_: Any) -> str:
-            call.hang_up()
-            return "ok"
-
-        line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("hang_up"))
-        await openai.gets("conversation.item.create")
-        await openai.gets("response.create")
-        await openai.says(voice(100))
-        assert "<Hangup/>" in await twilio.next()
-        assert twilio.heard_so_far() == voice(100)
-
-
-async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_longer() -> None:
-    for words in (voice(100), b""):
-        async with a_call() as (twilio, openai, line):
-            await openai.begins()
-            await openai.caught_up()
-            line.hooks.calls[0].hang_up()
-            await openai.speaks(words)
-            await openai.ends()
-            assert "<Hangup/>" in await twilio.next()
-            assert twilio.heard_so_far() == words
-
-
-async def test_hanging_up_waits_for_a_tool_that_is_running() -> None:
-    async with a_call() as (twilio, openai, line):
-        done = asyncio.Event()
-        line.hooks.results = lambda *_: done.wait()
-        await openai.begins()
-        await calls_tools(openai, a_function_call("slow"))
-        await openai.caught_up()
-        line.hooks.calls[0].hang_up()
-        await asyncio.sleep(0.05)
-        assert not twilio.socket.close_code
-        done.set()
-        await openai.gets("conversation.item.create")
-
-
-async def test_a_transfer_that_overtakes_a_hanging_up_is_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.2)
-    async with a_call() as (twilio, openai, line):
-        await openai.begins()
-        await openai.caught_up()
-        line.hooks.calls[0].hang_up()
-        await asyncio.sleep(0.1)
-        line.hooks.calls[0].transfer("+81312345678")
-        assert "<Dial>" in await twilio.next()
-
-
-async def test_a_greeting_that_was_spoken_before_the_stream_is_heard_before_the_apology() -> None:
-    async with a_line() as line:
-        twilio = await line.caller().dials()
-        openai = await line.openai.session()
-        await openai.gets("response.create")
-        await openai.says(voice(200))
-        await openai.socket.close(4004, "model_not_found")
-        await asyncio.sleep(0.05)
-        await (await twilio.connects()).starts()
-        await hears_an_apology(line, twilio)
-        assert twilio.heard_so_far() == voice(200)
+        resting = asyncio.create_task(bridge.batch_reads(line.bridge))
+        await twilio.speaks(voice(400, 1), pace=True)
+        await openai.says(voice(300, 2))
+        await until(lambda: openai.heard == voice(400, 1) and twilio.heard_so_far() == voice(300, 2))
+        resting.cancel()
 
 
 async def test_a_drain_lets_calls_go_on_then_ends_them_and_waits_until_twilio_has_asked_what_comes_next() -> None:
@@ -2675,58 +2836,6 @@ async def test_a_drain_lets_calls_go_on_then_ends_them_and_waits_until_twilio_ha
         assert not drained.done()
         assert "入れ替え" in await twilio.next()
         await asyncio.wait_for(drained, 1)
-
-
-# ── Settings, to the letter ─────────────────────────────────────────────────────────────────────────────────────
-
-
-KEY = {"OPENAI_API_KEY": "sk-secret"}
-
-
-def test_an_empty_setting_is_its_default_except_where_it_means_none() -> None:
-    names = [field.name for field in dataclasses.fields(bridge.Settings)]
-    settings = bridge.read_settings({**{name.upper(): "" for name in names}, **KEY})
-    none = {"greeting": "", "transcription_model": "", "hooks": "", "openai_api_key": "sk-secret"}
-    assert settings == dataclasses.replace(bridge.Settings(), **none)
-
-
-def test_the_public_address_is_the_one_given_or_that_of_fly() -> None:
-    fly = {**KEY, "FLY_APP_NAME": "my-app"}
-    assert bridge.read_settings(fly).public_base_url == "https://my-app.fly.dev"
-    given = bridge.read_settings({**fly, "PUBLIC_BASE_URL": "https://a.example:8443/phone/"})
-    assert given.public_base_url == "https://a.example:8443/phone"
-
-
-@pytest.mark.parametrize(
-    ("target", "patch", "result"),  # examples of RFC 7396, appendix A
-    [
-        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
-        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
-        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
-        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
-        ({"a": "foo"}, {"b": {"c": None}}, {"a": "foo", "b": {}}),
-        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
-    ],
-)
-def test_a_merge_patch_is_that_of_the_rfc(target: Any, patch: Any, result: Any) -> None:
-    assert bridge.merge_patch(target, patch) == result
-
-
-def test_a_hook_that_is_not_there_stops_the_start() -> None:
-    with pytest.raises(ValueError, match="HOOKS"):
-        bridge.load_hooks("no_such_hook")
-
-
-async def test_a_call_has_one_stream_whatever_token_a_second_one_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with a_call() as (twilio, openai, line):
-        monkeypatch.setattr(bridge, "TOKEN_S", 70)
-        again = line.caller(token=line.bridge.new_token(twilio.sid))
-        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
-        await (await again.connects()).starts()
-        await asyncio.wait_for(again.socket.wait_closed(), 2)
-        await openai.says(voice(60))
-        await until(lambda: twilio.heard_so_far() == voice(60))
-        assert again.socket.close_code == 1008
 
 
 # ── What the hooks are told ─────────────────────────────────────────────────────────────────────────────────────
@@ -2758,55 +2867,7 @@ async def test_the_events_of_a_call_tell_its_story_in_order() -> None:
         assert times == sorted(times)
 
 
-# ── Settings and the process ────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("PORT", "70000"),
-        ("PORT", "0"),
-        ("PORT", "http"),
-        ("MAX_CALLS", "-1"),
-        ("MAX_CALL_SECONDS", "nan"),
-        ("DRAIN_SECONDS", "soon"),
-        ("SESSION", "[1]"),
-        ("SESSION", "{"),
-        ("SESSION", '{"audio":{"input":{"format":{"type":"audio/pcm","rate":24000}}}}'),
-        ("SESSION", '{"audio":null}'),
-        ("PUBLIC_BASE_URL", "http://my-app.fly.dev"),
-        ("PUBLIC_BASE_URL", "my-app.fly.dev"),
-        ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
-        ("PUBLIC_BASE_URL", "http://user:sk-secret@my-app.fly.dev"),
-        ("OPENAI_REALTIME_URL", "https://user:sk-secret@api.openai.com/v1/realtime"),
-        ("HOOKS", "log,lgo"),
-    ],
-)
-def test_a_wrong_setting_stops_the_start_with_one_line_that_names_it(name: str, value: str) -> None:
-    done = run_bridge({"OPENAI_API_KEY": "sk-secret", name: value})
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and name in line and "Traceback" not in line and "sk-secret" not in line
-
-
-def run_bridge(env: dict[str, str], folder: Path = HERE) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "bridge.py"]
-    return subprocess.run(command, cwd=folder, env=clean(env), capture_output=True, text=True, timeout=10)
-
-
-def clean(env: dict[str, str]) -> dict[str, str]:
-    """The environment of a bare machine, with these variables."""
-    ours = {field.name.upper() for field in dataclasses.fields(bridge.Settings)} | {"FLY_APP_NAME"}
-    return {name: value for name, value in os.environ.items() if name not in ours} | env
-
-
-def test_settings_come_from_the_environment_and_empty_ones_are_unset_where_that_is_no_choice() -> None:
-    env = {"OPENAI_API_KEY": "k", "PORT": "", "GREETING": "", "HOOKS": "", "MAX_CALLS": "7", "VOICE": " cedar "}
-    settings = bridge.read_settings({**env, "FLY_APP_NAME": "my-app", "SESSION": '{"tracing":"auto"}'})
-    assert (settings.port, settings.greeting, settings.hooks, settings.max_calls) == (8080, "", "", 7)
-    assert (settings.public_base_url, settings.voice) == ("https://my-app.fly.dev", "cedar")
-    assert settings.session == {"tracing": "auto"}
-    assert bridge.read_settings({**env, "PUBLIC_BASE_URL": "https://x.example/"}).public_base_url == "https://x.example"
-    assert bridge.Settings().hooks is None
+# ── The process ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def free_port() -> int:
@@ -2916,12 +2977,60 @@ async def test_bridge_py_copied_alone_does_the_same_call(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == ["bridge.py", "log"]
 
 
+def test_without_a_key_the_lone_file_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
+    done = run_bridge({"OPENAI_API_KEY": "k", "HOOKS": "log"}, tmp_path)
+    assert done.returncode == 2 and "HOOKS" in done.stderr and "no hooks folder" in done.stderr
+    for folder, env in ((tmp_path, {}), (HERE, {"HOOKS": ""})):
+        done = run_bridge(env, folder)
+        assert done.returncode == 2 and "OPENAI_API_KEY" in done.stderr.splitlines()[-1], done.stderr
+
+
 async def test_beside_somebody_elses_hooks_folder_none_of_its_files_is_run(tmp_path: Path) -> None:
     (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
     (tmp_path / "hooks").mkdir()
     (tmp_path / "hooks" / "other.py").write_text("raise SystemExit('this is not ours')")
     async with a_process(tmp_path / "log", tmp_path) as bridge_process:
         assert (await http(bridge_process.port, "GET", "/health"))[0] == 200
+
+
+def test_a_port_that_is_taken_is_said_in_one_line() -> None:
+    with socket.create_server(("", 0)) as taken:
+        done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(taken.getsockname()[1]), "HOOKS": ""})
+    assert done.returncode == 1 and "Set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        openai = await bridge_process.openai.session()
+        await openai.asked()
+        await twilio.speaks(voice(200))
+        await openai.says(voice(400))
+        await until(lambda: len(openai.heard) == 1600 and twilio.heard_so_far() == voice(400))
+        health = json.loads((await http(bridge_process.port, "GET", "/health"))[2])
+        assert (health["frames_from_callers"], health["pieces_to_callers"]) == (
+            10,
+            3,
+        )  # 300 ms in two pieces, 100 ms in one
+        assert health["dropped_hook_events"] == 0 and 0 <= health["loop_delay_p99_ms"] < 100
+        await twilio.hangs_up()
+
+
+async def test_a_process_that_stood_still_for_a_while_loses_nothing_and_goes_on(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log") as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        openai = await bridge_process.openai.session()
+        await openai.asked()
+        speaking = asyncio.create_task(twilio.speaks(voice(1600, 1), pace=True))
+        await asyncio.sleep(0.2)
+        bridge_process.process.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(1)
+        bridge_process.process.send_signal(signal.SIGCONT)
+        await speaking
+        await openai.says(voice(200, 2))
+        await until(lambda: openai.heard == voice(1600, 1) and twilio.heard_so_far() == voice(200, 2))
+        await twilio.hangs_up()
 
 
 async def test_sigterm_refuses_new_calls_lets_running_ones_end_and_exits_with_0(tmp_path: Path) -> None:
@@ -2954,22 +3063,6 @@ async def test_calls_that_outlast_drain_seconds_are_ended_politely(tmp_path: Pat
         assert await bridge_process.exits(3) == 0
 
 
-async def test_a_process_that_stood_still_for_a_while_loses_nothing_and_goes_on(tmp_path: Path) -> None:
-    async with a_process(tmp_path / "log") as bridge_process:
-        twilio = await bridge_process.caller().calls()
-        openai = await bridge_process.openai.session()
-        await openai.asked()
-        speaking = asyncio.create_task(twilio.speaks(voice(1600, 1), pace=True))
-        await asyncio.sleep(0.2)
-        bridge_process.process.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(1)
-        bridge_process.process.send_signal(signal.SIGCONT)
-        await speaking
-        await openai.says(voice(200, 2))
-        await until(lambda: openai.heard == voice(1600, 1) and twilio.heard_so_far() == voice(200, 2))
-        await twilio.hangs_up()
-
-
 async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     async with a_process(tmp_path / "log") as bridge_process:
         await bridge_process.caller().calls()
@@ -2979,116 +3072,7 @@ async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         await bridge_process.exits(1)
 
 
-def test_a_port_that_is_taken_is_said_in_one_line() -> None:
-    with socket.create_server(("", 0)) as taken:
-        done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(taken.getsockname()[1]), "HOOKS": ""})
-    assert done.returncode == 1 and "Set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-
-
-async def through_a_proxy(machines: dict[str, int], replays: bool) -> tuple[asyncio.Server, int]:
-    """A proxy in front of several machines that sends each request to the next one, as Fly's does: with `replays`, a
-    request that is answered with fly-replay is delivered again to the machine that this names."""
-    turns = itertools.cycle(machines)
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"Content-Length: (\d+)", head)
-        body = await reader.readexactly(int(length[1])) if length else b""
-        machine, source = next(turns), b""
-        while True:
-            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", machines[machine])
-            back_writer.write(head[:-2] + source + b"\r\n" + body)
-            answer = await back_reader.readuntil(b"\r\n\r\n")
-            replay = re.search(rb"fly-replay: prefer_instance=(\w+)", answer)
-            if not (replay and replays):
-                break
-            machine, source = replay[1].decode(), b"fly-replay-src: instance=" + machine.encode() + b"\r\n"
-            back_writer.close()
-        writer.write(answer)
-
-        async def pump(one: asyncio.StreamReader, other: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError):
-                while data := await one.read(65536):
-                    other.write(data)
-            other.close()
-
-        await asyncio.gather(pump(reader, back_writer), pump(back_reader, writer))
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
-    return server, server.sockets[0].getsockname()[1]
-
-
-@pytest.mark.parametrize("on_fly", [True, False])
-async def test_webhook_stream_and_next_may_reach_different_machines(on_fly: bool) -> None:
-    def machine(name: str) -> Any:
-        return a_line(**SIGNED, fly_machine_id=name if on_fly else "")
-
-    async with machine("a1") as one, machine("b2") as other:
-        proxy, port = await through_a_proxy({"a1": one.port, "b2": other.port}, replays=on_fly)
-        twilio = one.caller()
-        twilio.port = port
-        await twilio.calls()
-        held_by = one if on_fly else other
-        openai = await held_by.openai.session()
-        await openai.says(voice(200))
-        await until(lambda: twilio.heard_so_far() == voice(200))
-        assert len(one.openai.sessions) + len(other.openai.sessions) == (1 if on_fly else 2)
-        held_by.hooks.calls[0].transfer("+81312345678")
-        await asyncio.wait_for(twilio.socket.wait_closed(), 5)
-        answer = await twilio.post(twilio.after)
-        assert ("<Dial>" in answer) or not on_fly, answer
-        proxy.close()
-
-
-async def test_a_machine_that_is_gone_is_not_asked_for_again() -> None:
-    async with a_line(**SIGNED, fly_machine_id="b2") as line:
-        headers = {"fly-replay-src": "instance=b2", **signed("https://mycompany.com/twilio/next?machine=a1", {})}
-        status, answer_headers, body = await http(line.port, "POST", "/twilio/next?machine=a1", b"", headers)
-        assert status == 200 and "fly-replay" not in answer_headers and "<Hangup/>" in body
-
-
-async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
-    async with a_process(tmp_path / "log") as bridge_process:
-        twilio = await bridge_process.caller().calls()
-        openai = await bridge_process.openai.session()
-        await openai.asked()
-        await twilio.speaks(voice(200))
-        await openai.says(voice(400))
-        await until(lambda: len(openai.heard) == 1600 and twilio.heard_so_far() == voice(400))
-        health = json.loads((await http(bridge_process.port, "GET", "/health"))[2])
-        assert (health["frames_from_callers"], health["pieces_to_callers"]) == (
-            10,
-            3,
-        )  # 300 ms in two pieces, 100 ms in one
-        assert health["dropped_hook_events"] == 0 and 0 <= health["loop_delay_p99_ms"] < 100
-        await twilio.hangs_up()
-
-
 # ── The files around it ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
-    fly = tomllib.loads((HERE / "fly.toml").read_text())
-    service = fly["http_service"]
-    assert fly["primary_region"] == "iad" and service["internal_port"] == bridge.Settings().port
-    assert service["force_https"] and service["auto_stop_machines"] == "off" and service["min_machines_running"] == 1
-    assert service["concurrency"]["type"] == "connections" and service["checks"][0]["path"] == "/health"
-    last_words_s = bridge.DRAIN_GOODBYE_S + bridge.NEXT_S
-    assert fly["kill_signal"] == "SIGTERM" and fly["kill_timeout"] >= bridge.Settings().drain_seconds + last_words_s
-    limits = service["concurrency"]
-    assert limits["soft_limit"] < int(fly["env"]["MAX_CALLS"]) < limits["hard_limit"], "webhooks need room, too"
-    assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
-
-
-def shipped(folder: Path) -> list[str]:
-    """The names in a folder that belong to the project; a user's own hooks, recordings … are theirs."""
-    listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True)
-    names = listed.stdout.splitlines() or [path.name for path in folder.iterdir()]
-    return sorted({name.split("/")[0] for name in names})
-
-
-def settings_named_in(text: str) -> list[str]:
-    return re.findall(r"^(?:\| `|# )([A-Z][A-Z_]+)[`=]", text, re.MULTILINE)
 
 
 def test_the_readmes_table_env_example_and_the_code_name_the_same_settings() -> None:
@@ -3105,6 +3089,10 @@ def test_the_readmes_table_env_example_and_the_code_name_the_same_settings() -> 
     assert set(settings_named_in(hooks_table)) >= of_hooks - set(ours)
     named = settings_named_in((HERE / ".env.example").read_text())
     assert named == ours + settings_named_in(hooks_table)
+
+
+def settings_named_in(text: str) -> list[str]:
+    return re.findall(r"^(?:\| `|# )([A-Z][A-Z_]+)[`=]", text, re.MULTILINE)
 
 
 def test_the_readmes_table_of_events_is_that_of_the_host_and_each_is_emitted() -> None:
@@ -3130,6 +3118,13 @@ async def test_the_readmes_smallest_hook_and_tool_do_what_it_says(
         host.emit("caller_said", line.hooks.calls[0], 0.0, {"text": "もしもし"})
         host.close(2)
         assert capsys.readouterr().out == f"{line.hooks.calls[0].sid} said もしもし\n"
+
+
+def shipped(folder: Path) -> list[str]:
+    """The names in a folder that belong to the project; a user's own hooks, recordings … are theirs."""
+    listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True)
+    names = listed.stdout.splitlines() or [path.name for path in folder.iterdir()]
+    return sorted({name.split("/")[0] for name in names})
 
 
 def test_the_readme_has_a_line_on_each_hook_file() -> None:
@@ -3162,16 +3157,20 @@ def test_bridge_py_imports_only_websockets_twilio_and_the_standard_library() -> 
         assert imported <= sys.stdlib_module_names | {"websockets", "twilio"}, path
 
 
-def test_without_a_key_the_lone_file_says_what_to_set(tmp_path: Path) -> None:
-    (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
-    done = run_bridge({"OPENAI_API_KEY": "k", "HOOKS": "log"}, tmp_path)
-    assert done.returncode == 2 and "HOOKS" in done.stderr and "no hooks folder" in done.stderr
-    for folder, env in ((tmp_path, {}), (HERE, {"HOOKS": ""})):
-        done = run_bridge(env, folder)
-        assert done.returncode == 2 and "OPENAI_API_KEY" in done.stderr.splitlines()[-1], done.stderr
+def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
+    fly = tomllib.loads((HERE / "fly.toml").read_text())
+    service = fly["http_service"]
+    assert fly["primary_region"] == "iad" and service["internal_port"] == bridge.Settings().port
+    assert service["force_https"] and service["auto_stop_machines"] == "off" and service["min_machines_running"] == 1
+    assert service["concurrency"]["type"] == "connections" and service["checks"][0]["path"] == "/health"
+    last_words_s = bridge.DRAIN_GOODBYE_S + bridge.NEXT_S
+    assert fly["kill_signal"] == "SIGTERM" and fly["kill_timeout"] >= bridge.Settings().drain_seconds + last_words_s
+    limits = service["concurrency"]
+    assert limits["soft_limit"] < int(fly["env"]["MAX_CALLS"]) < limits["hard_limit"], "webhooks need room, too"
+    assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
 
 
-# ── As a program: one call to watch, or many at once ────────────────────────────────────────────────────────────
+# ── As a program: one call to watch, or many at once ──────────────────────────────────────────────────────────
 #
 #     python test_bridge.py                     a pretend call in the terminal, in real time
 #     python test_bridge.py --calls 50          50 at once: what is lost, how long it takes, what it costs
