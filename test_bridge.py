@@ -71,7 +71,7 @@ async def until(true: Callable[[], Any], within_s: float = 5.0, why: str = "") -
         await asyncio.sleep(0.005)
 
 
-# ── The pretend Twilio ────────────────────────────────────────────────────────────────────────────────────────
+# ── The pretend Twilio ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 class PretendTwilio:
@@ -80,13 +80,12 @@ class PretendTwilio:
 
     numbers = itertools.count(1)
 
-    def __init__(self, port: int, **options: Any) -> None:
+    def __init__(self, port: int, base: str = "", auth_token: str = "") -> None:
         self.port = port
         self.sid = f"CA{next(self.numbers):032x}"
         self.stream_sid = "MZ" + self.sid[2:]
-        self.base = options.get("base", "")  # PUBLIC_BASE_URL, when requests are to be signed
-        self.auth_token = options.get("auth_token", "")
-        self.token: str | None = options.get("token")  # instead of the one in the TwiML
+        self.base = base  # PUBLIC_BASE_URL, when requests are to be signed
+        self.auth_token = auth_token
         self.timestamp_ms = 0
         self.sequence = itertools.count(2)
         self.received: list[dict[str, Any]] = []
@@ -121,12 +120,10 @@ class PretendTwilio:
         self.stream_url = stream.attrib["url"]
         self.after = "/twilio/next" + twiml.findtext("Redirect", "").partition("/twilio/next")[2]
         self.parameters = {p.attrib["name"]: p.attrib["value"] for p in stream.findall("Parameter")}
-        if self.token is not None:
-            self.parameters["token"] = self.token
         return self
 
     async def connects(self) -> PretendTwilio:
-        """Open the stream: handshake, `connected`, `start`."""
+        """The stream's handshake, and `connected`."""
         headers = self.signature(self.stream_url, {})
         url = f"ws://127.0.0.1:{self.port}/twilio/stream{self.stream_url.partition('/twilio/stream')[2]}"
         self.socket = await connect(url, additional_headers=headers, compression=None, close_timeout=1)
@@ -147,10 +144,15 @@ class PretendTwilio:
         await self.sends({"event": "start", "sequenceNumber": "1", "streamSid": self.stream_sid, "start": start})
         return self
 
-    async def calls(self) -> PretendTwilio:
-        await self.dials()
+    async def opens(self) -> PretendTwilio:
+        """Open the stream: handshake, `connected`, `start`."""
         await self.connects()
         return await self.starts()
+
+    async def calls(self) -> PretendTwilio:
+        """The whole beginning of a call."""
+        await self.dials()
+        return await self.opens()
 
     async def sends(self, message: dict[str, Any], **how: Any) -> None:
         await self.socket.send(json.dumps(message, separators=(",", ":"), **how))
@@ -245,7 +247,14 @@ class PretendTwilio:
         return await self.post("/twilio/next", CallStatus="in-progress")
 
 
-# ── The pretend OpenAI ────────────────────────────────────────────────────────────────────────────────────────
+# ── The pretend OpenAI ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def a_function_call(
+    name: str, arguments: str = "{}", call_id: str = "call_1", status: str = "completed"
+) -> dict[str, Any]:
+    item = {"id": f"item_{call_id}", "type": "function_call", "status": status, "name": name}
+    return {**item, "call_id": call_id, "arguments": arguments}
 
 
 class PretendSession:
@@ -364,6 +373,18 @@ class PretendSession:
         await self.ends()
         return item
 
+    async def calls_tools(self, *function_calls: dict[str, Any], status: str = "completed") -> None:
+        """A whole answer without a sound; or the end of one that has been begun."""
+        if not self.response:
+            await self.begins()
+        for function_call in function_calls:
+            await self.sends("response.output_item.done", response_id=self.response, item=function_call)
+        await self.ends(status, output=list(function_calls))
+
+    async def fails(self, code: str = "rate_limit_exceeded") -> None:
+        """The response in progress ends in an error."""
+        await self.ends("failed", error={"code": code, "message": "slow down, or pay"})
+
     async def hears_speech(self, item: str = "") -> str:
         item = item or f"item_{next(self.server.numbers)}"
         await self.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id=item)
@@ -450,7 +471,7 @@ class PretendOpenAI:
         return session
 
 
-# ── The bridge between them ───────────────────────────────────────────────────────────────────────────────────
+# ── The bridge between them ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class Spy:
@@ -476,6 +497,17 @@ class Spy:
         assert self.results is not None
         return str(await self.results(call, name, arguments))
 
+    def tool_waits(self, result: str = "done") -> asyncio.Event:
+        """From now on a tool runs until this is set; then it has this result."""
+        done = asyncio.Event()
+
+        async def results(call: Any, name: str, arguments: str) -> str:
+            await done.wait()
+            return result
+
+        self.results = results
+        return done
+
     def close(self, timeout_s: float) -> None:
         pass
 
@@ -495,11 +527,16 @@ class Line:
     openai: PretendOpenAI
     hooks: Spy
 
-    def caller(self, **options: Any) -> PretendTwilio:
+    @property
+    def call(self) -> Any:
+        """The first call that the hooks were told of, as they see it."""
+        return self.hooks.calls[0]
+
+    def caller(self, auth_token: str | None = None) -> PretendTwilio:
+        """A caller of Twilio's; or of somebody's who has another auth token."""
         settings = self.bridge.settings
-        return PretendTwilio(
-            self.port, **{"base": settings.public_base_url, "auth_token": settings.twilio_auth_token, **options}
-        )
+        auth_token = settings.twilio_auth_token if auth_token is None else auth_token
+        return PretendTwilio(self.port, settings.public_base_url, auth_token)
 
 
 @contextlib.asynccontextmanager
@@ -730,7 +767,7 @@ async def test_a_full_house_still_answers_a_second_delivery_and_apologises_to_a_
         known, elsewhere = await line.caller().dials(), await other.caller().dials()
         assert "<Stream" in await known.post("/twilio/voice")
         elsewhere.port = line.port
-        await (await elsewhere.connects()).starts()
+        await elsewhere.opens()
         assert "込み合って" in await elsewhere.next()
         assert len(line.bridge.calls) == 1
 
@@ -742,9 +779,9 @@ async def test_while_draining_new_callers_are_told_and_calls_that_were_answered_
         assert "入れ替え" in await line.caller().post("/twilio/voice")
         assert "<Stream" in await known.post("/twilio/voice")
         elsewhere.port = line.port
-        await (await elsewhere.connects()).starts()
+        await elsewhere.opens()
         assert "入れ替え" in await elsewhere.next() and not line.bridge.not_yet_asked
-        await (await known.connects()).starts()
+        await known.opens()
         await until(lambda: line.hooks.calls, 2)
         assert (await http(line.port, "GET", "/health"))[0] == 503
         await known.hangs_up()
@@ -759,7 +796,7 @@ async def test_calls_that_twilio_never_asks_about_again_are_not_remembered_for_e
     async with a_line(greeting="") as line:
         twilio = await line.caller().calls()
         await until(lambda: line.hooks.calls)
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await asyncio.wait_for(twilio.socket.wait_closed(), 2)  # and /twilio/next goes to another machine
         await until(lambda: not line.bridge.calls)
         assert not line.bridge.not_yet_asked
@@ -787,7 +824,7 @@ async def test_a_signed_call_is_let_in_from_the_webhook_to_the_apology() -> None
         twilio = await line.caller().calls()
         await line.openai.session()
         await until(lambda: line.hooks.calls, why="the call to start")
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         assert "<Hangup/>" in await twilio.next()
 
 
@@ -944,14 +981,19 @@ def test_this_computer_has_these_names_and_no_others(host: str, loopback: bool) 
 # ── 2 Answer: the stream and its token ──────────────────────────────────────────────────────────────────────────
 
 
+async def is_refused(stranger: PretendTwilio) -> None:
+    """The stream is opened, and closed again at its `start` (1008: against the rules)."""
+    await stranger.opens()
+    await asyncio.wait_for(stranger.socket.wait_closed(), 2)
+    assert stranger.socket.close_code == 1008
+
+
 @pytest.mark.parametrize("token", ["", "9999999999.abc", "1.0"])
 async def test_a_stream_that_does_not_bring_the_token_of_its_call_is_closed_and_nothing_is_dialled(token: str) -> None:
     async with a_line() as line:
-        stranger = await line.caller(token=token).connects()
+        stranger = line.caller()
         stranger.parameters = {"token": token}
-        await stranger.starts()
-        await asyncio.wait_for(stranger.socket.wait_closed(), 2)
-        assert stranger.socket.close_code == 1008
+        await is_refused(stranger)
         assert not line.openai.sessions and not line.hooks.told
 
 
@@ -959,18 +1001,15 @@ async def test_a_use_token_for_its_own_call_only() -> None:
     async with a_line() as line:
         one, other = await line.caller().dials(), await line.caller().dials()
         one.parameters = other.parameters
-        await (await one.connects()).starts()
-        await asyncio.wait_for(one.socket.wait_closed(), 2)
-        assert one.socket.close_code == 1008
+        await is_refused(one)
 
 
 async def test_a_use_token_once() -> None:
     async with a_call() as (twilio, _, line):
         again = line.caller()
         again.sid, again.parameters = twilio.sid, twilio.parameters
-        await (await again.connects()).starts()
-        await asyncio.wait_for(again.socket.wait_closed(), 2)
-        assert again.socket.close_code == 1008 and not twilio.socket.close_code
+        await is_refused(again)
+        assert not twilio.socket.close_code
 
 
 @pytest.mark.parametrize(
@@ -984,33 +1023,27 @@ async def test_a_used_token_is_not_good_again_also_not_when_its_expiry_is_writte
         await line.openai.session()
         await twilio.hangs_up()
         await until(lambda: not line.bridge.calls)
-        again = line.caller(token=forge(twilio.parameters["token"]))
-        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
-        await (await again.connects()).starts()
-        await asyncio.wait_for(again.socket.wait_closed(), 2)
-        assert again.socket.close_code == 1008 and len(line.openai.sessions) == 1
+        again = line.caller()
+        again.sid, again.parameters = twilio.sid, {"token": forge(twilio.parameters["token"])}
+        await is_refused(again)
+        assert len(line.openai.sessions) == 1
 
 
 async def test_a_use_token_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bridge.TOKEN_S == 60
     monkeypatch.setattr(bridge, "TOKEN_S", -1)
     async with a_line() as line:
-        twilio = await line.caller().dials()
-        await (await twilio.connects()).starts()
-        await asyncio.wait_for(twilio.socket.wait_closed(), 2)
-        assert twilio.socket.close_code == 1008
+        await is_refused(await line.caller().dials())
 
 
 async def test_a_call_has_one_stream_whatever_token_a_second_one_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     async with a_call() as (twilio, openai, line):
         monkeypatch.setattr(bridge, "TOKEN_S", 70)
-        again = line.caller(token=line.bridge.new_token(twilio.sid))
-        again.sid, again.parameters = twilio.sid, {"token": again.token or ""}
-        await (await again.connects()).starts()
-        await asyncio.wait_for(again.socket.wait_closed(), 2)
+        again = line.caller()
+        again.sid, again.parameters = twilio.sid, {"token": line.bridge.new_token(twilio.sid)}
+        await is_refused(again)
         await openai.says(voice(60))
         await until(lambda: twilio.heard_so_far() == voice(60))
-        assert again.socket.close_code == 1008
 
 
 async def test_a_stream_that_sends_no_start_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1029,7 +1062,7 @@ async def test_a_stream_whose_webhook_went_to_another_machine_is_served_all_the_
     async with a_line(**SIGNED) as one, a_line(**SIGNED) as other:
         twilio = await one.caller().dials()
         twilio.port = other.port
-        await (await twilio.connects()).starts()
+        await twilio.opens()
         openai = await other.openai.session()
         await openai.says(voice(100))
         await until(lambda: twilio.heard_so_far() == voice(100))
@@ -1112,7 +1145,7 @@ async def test_the_model_is_dialled_at_the_webhook_and_speaks_as_soon_as_the_str
         assert line.bridge.settings.greeting in greeting["response"]["instructions"]
         item = await openai.says(voice(400))
         await openai.caught_up()
-        await (await twilio.connects()).starts()
+        await twilio.opens()
         await until(lambda: twilio.heard_so_far() == voice(400))
         assert line.hooks.events()[:4] == ["call_started", "model_asked", "model_spoke", "model_used"]
         assert line.hooks.told[1][1] < line.hooks.told[0][1]  # the time at which it was asked
@@ -1133,7 +1166,7 @@ async def test_a_call_whose_stream_has_come_is_not_ended_as_unclaimed(monkeypatc
     monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_call() as (twilio, _, line):
         await asyncio.sleep(0.3)
-        assert not twilio.socket.close_code and not line.hooks.calls[0].over.done()
+        assert not twilio.socket.close_code and not line.call.over.done()
 
 
 async def test_two_calls_at_once_are_kept_apart() -> None:
@@ -1186,7 +1219,7 @@ async def test_nothing_of_a_call_goes_on_when_its_caller_hangs_up_in_the_middle_
         told = len(line.hooks.told)
         await asyncio.sleep(0.9)
         assert len(line.hooks.told) == told, "nothing is told after call_ended"
-        assert line.hooks.calls[0].ears_ms == 0
+        assert line.call.ears_ms == 0
 
 
 async def test_how_much_was_heard_of_the_last_words_is_taken_when_the_caller_hangs_up() -> None:
@@ -1202,16 +1235,16 @@ async def test_how_much_was_heard_of_the_last_words_is_taken_when_the_caller_han
 
 async def test_what_the_model_sends_while_the_call_is_being_closed_begins_nothing_anew() -> None:
     async with a_call() as (twilio, openai, line):
-        line.hooks.results = lambda *_: asyncio.sleep(9)
+        line.hooks.tool_waits()
         await openai.begins()
         await openai.caught_up()
         openai.socket.transport.pause_reading()  # it sees our close only later
         await twilio.hangs_up()
-        await until(lambda: line.hooks.calls[0].over.done())
+        await until(lambda: line.call.over.done())
         await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
-        await calls_tools(openai, a_function_call("slow"))
+        await openai.calls_tools(a_function_call("slow"))
         await until(lambda: line.hooks.facts("call_ended"), 2)
-        assert not line.hooks.facts("caller_spoke") and not line.hooks.calls[0].tasks
+        assert not line.hooks.facts("caller_spoke") and not line.call.tasks
         openai.socket.transport.abort()
 
 
@@ -1226,12 +1259,11 @@ async def test_timers_and_tools_end_with_their_call() -> None:
                 ended.set()
 
         line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("slow"))
+        await openai.calls_tools(a_function_call("slow"))
         await openai.caught_up()
         await twilio.hangs_up()
         await asyncio.wait_for(ended.wait(), 1)
-        assert all(timer.cancelled() for timer in line.hooks.calls[0].timers.values())
+        assert all(timer.cancelled() for timer in line.call.timers.values())
 
 
 # ── 4 The model: the session and its greeting ───────────────────────────────────────────────────────────────────
@@ -1445,16 +1477,15 @@ async def test_a_greeting_that_was_spoken_before_the_stream_is_heard_before_the_
         await openai.says(voice(200))
         await openai.socket.close(4004, "model_not_found")
         await asyncio.sleep(0.05)
-        await (await twilio.connects()).starts()
+        await twilio.opens()
         await hears_an_apology(line, twilio)
         assert twilio.heard_so_far() == voice(200)
 
 
 async def test_a_model_that_is_lost_for_good_while_a_tool_runs_is_apologised_for_at_once() -> None:
     async with a_call() as (twilio, openai, line):
-        line.hooks.results = lambda *_: asyncio.sleep(9, "late")
-        await openai.begins()
-        await calls_tools(openai, a_function_call("slow"))
+        line.hooks.tool_waits()
+        await openai.calls_tools(a_function_call("slow"))
         await openai.caught_up()
         await openai.socket.close(4004, "model_not_found")
         await hears_an_apology(line, twilio, 2)
@@ -1464,7 +1495,7 @@ async def test_a_retry_that_was_planned_does_not_delay_the_apology() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(1600))
         await openai.begins()
-        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.fails()
         await openai.caught_up()
         await openai.socket.close(4004, "model_not_found")
         await hears_an_apology(line, twilio, 4)
@@ -1477,7 +1508,7 @@ async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_
         await openai.says(voice(100, 2))
         await openai.hears_speech()
         await openai.caught_up()
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await openai.socket.close(1011)
         await hears_an_apology(line, twilio)
         assert twilio.heard_so_far() == voice(400) and len(line.openai.sessions) == 1
@@ -1496,6 +1527,14 @@ async def a_little_talk(twilio: PretendTwilio, openai: PretendSession) -> None:
     await openai.gets("conversation.item.truncate")
     await openai.hears_silence("u2", "東京です。")
     await openai.caught_up()
+
+
+async def a_turn(twilio: PretendTwilio, openai: PretendSession, mulaw: bytes, text: str = "") -> None:
+    """The caller says something; its words come at once if they are given, else not yet."""
+    await openai.hears_speech("u1")
+    await twilio.speaks(mulaw)
+    await until(lambda: openai.heard == mulaw)
+    await openai.hears_silence("u1", text)
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1012])
@@ -1542,7 +1581,7 @@ async def test_half_a_character_in_what_was_said_does_not_stop_the_next_session(
         openai.socket.transport.abort()
         again = await line.openai.session()
         await again.gets("conversation.item.create")
-        await until(lambda: line.hooks.calls[0].ready)
+        await until(lambda: line.call.ready)
 
 
 async def test_a_greeting_that_was_never_heard_is_asked_for_again_by_the_next_session() -> None:
@@ -1573,7 +1612,7 @@ async def test_what_the_caller_says_while_the_model_is_being_dialled_again_reach
         await until(lambda: openai.heard == voice(400, 1))
         opens = line.openai.opens_late()
         openai.socket.transport.abort()
-        await until(lambda: not line.hooks.calls[0].ready)
+        await until(lambda: not line.call.ready)
         await twilio.speaks(voice(400, 2))
         opens.set()
         again = await line.openai.session()
@@ -1599,10 +1638,7 @@ async def test_only_the_last_second_before_the_caller_speaks_is_kept_and_nothing
 
 async def test_a_turn_that_was_answered_is_not_heard_again_by_the_next_session() -> None:
     async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(400, 1))
-        await until(lambda: openai.heard == voice(400, 1))
-        await openai.hears_silence("u1", "はい")
+        await a_turn(twilio, openai, voice(400, 1), "はい")
         await openai.says(voice(100))
         await twilio.speaks(voice(100, 2))
         await until(lambda: line.hooks.facts("model_said"))
@@ -1614,10 +1650,7 @@ async def test_a_turn_that_was_answered_is_not_heard_again_by_the_next_session()
 
 async def test_a_question_that_was_answered_but_never_transcribed_is_not_asked_twice() -> None:
     async with a_call(transcription_model="") as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(400, 1))
-        await until(lambda: openai.heard == voice(400, 1))
-        await openai.hears_silence("u1")
+        await a_turn(twilio, openai, voice(400, 1))
         await openai.says(voice(60))
         await until(lambda: line.hooks.facts("model_said"))
         await twilio.speaks(voice(60, 2))
@@ -1629,10 +1662,7 @@ async def test_a_question_that_was_answered_but_never_transcribed_is_not_asked_t
 
 async def test_a_question_whose_words_have_come_is_told_in_words_only() -> None:
     async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(1500, 1))
-        await until(lambda: openai.heard == voice(1500, 1))
-        await openai.hears_silence("u1", "はい")
+        await a_turn(twilio, openai, voice(1500, 1), "はい")
         await openai.begins()
         await openai.caught_up()
         await twilio.speaks(voice(500, 2))
@@ -1646,10 +1676,7 @@ async def test_a_question_whose_words_have_come_is_told_in_words_only() -> None:
 
 async def test_a_question_whose_words_had_not_come_when_the_session_was_lost_is_heard_by_the_next_one() -> None:
     async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(1500, 1))
-        await until(lambda: openai.heard == voice(1500, 1))
-        await openai.hears_silence("u1")  # no transcript yet
+        await a_turn(twilio, openai, voice(1500, 1))  # no transcript yet
         await openai.begins()
         await twilio.speaks(voice(100, 2))
         await until(lambda: len(openai.heard) == 1600 * 8)
@@ -1666,10 +1693,7 @@ async def test_words_that_come_late_for_a_long_turn_do_not_cost_what_was_said_af
 ) -> None:
     monkeypatch.setattr(bridge.Call, "HELD_MS", 1000)
     async with a_call() as (twilio, openai, line):
-        await openai.hears_speech("u1")
-        await twilio.speaks(voice(1000, 1))
-        await until(lambda: openai.heard == voice(1000, 1))
-        await openai.hears_silence("u1")
+        await a_turn(twilio, openai, voice(1000, 1))
         await openai.caught_up()
         await twilio.speaks(voice(400, 2))
         await until(lambda: len(openai.heard) == 1400 * 8)
@@ -1800,8 +1824,7 @@ async def test_a_turn_that_ended_in_silence_only_is_answered_with_its_tools(monk
         await openai.hears_speech("u1")
         await until(lambda: len(openai.heard) > 8 * 250)
         await openai.hears_silence("u1")
-        await openai.begins()
-        await calls_tools(openai, a_function_call("a"))
+        await openai.calls_tools(a_function_call("a"))
         assert (await openai.gets("conversation.item.create"))["item"]["output"] == "done"
 
 
@@ -2075,7 +2098,7 @@ async def test_an_answer_that_openai_began_by_itself_is_waited_for_and_makes_an_
     async with a_call() as (_, openai, line):
         await openai.begins()
         await openai.caught_up()
-        line.hooks.calls[0].tell_model("ボタン1が押されました。")
+        line.call.tell_model("ボタン1が押されました。")
         item = (await openai.gets("conversation.item.create"))["item"]
         assert item["role"] == "system" and item["content"][0]["text"] == "ボタン1が押されました。"
         await openai.caught_up()
@@ -2089,10 +2112,10 @@ async def test_what_is_wanted_right_after_a_turn_waits_for_the_answer_that_opena
         item = await openai.hears_speech()
         await openai.hears_silence(item)
         await openai.caught_up()
-        line.hooks.calls[0].tell_model("何か")
+        line.call.tell_model("何か")
         await openai.gets("conversation.item.create")
         await openai.caught_up()
-        assert line.hooks.calls[0].busy and openai.creates == 0
+        assert line.call.busy and openai.creates == 0
         await openai.says(voice(20))
         await asyncio.sleep(1.1)
         assert openai.creates == 0, "that answer has seen it"
@@ -2101,7 +2124,7 @@ async def test_what_is_wanted_right_after_a_turn_waits_for_the_answer_that_opena
 async def test_two_wishes_at_once_are_one_answer() -> None:
     async with a_call() as (_, openai, line):
         for text in ("一", "二"):
-            line.hooks.calls[0].tell_model(text)
+            line.call.tell_model(text)
         await until(lambda: openai.creates)
         await openai.says(voice(20))
         await openai.caught_up()
@@ -2112,8 +2135,8 @@ async def test_what_a_hook_told_while_no_session_was_there_is_answered_by_the_ne
     async with a_call() as (_, openai, line):
         opens = line.openai.opens_late()
         openai.socket.transport.abort()
-        await until(lambda: not line.hooks.calls[0].ready)
-        line.hooks.calls[0].tell_model("鍵が押された")
+        await until(lambda: not line.call.ready)
+        line.call.tell_model("鍵が押された")
         await asyncio.sleep(0)
         opens.set()
         again = await line.openai.session()
@@ -2142,19 +2165,6 @@ async def test_an_answer_that_begins_while_the_caller_is_speaking_is_not_heard_b
 # ── 8 Answering: tools ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def a_function_call(
-    name: str, arguments: str = "{}", call_id: str = "call_1", status: str = "completed"
-) -> dict[str, Any]:
-    item = {"id": f"item_{call_id}", "type": "function_call", "status": status, "name": name}
-    return {**item, "call_id": call_id, "arguments": arguments}
-
-
-async def calls_tools(openai: PretendSession, *calls: dict[str, Any], status: str = "completed") -> None:
-    for call in calls:
-        await openai.sends("response.output_item.done", response_id=openai.response, item=call)
-    await openai.ends(status, output=list(calls))
-
-
 async def test_several_tools_run_side_by_side_and_then_the_model_is_asked_once() -> None:
     async with a_call() as (_, openai, line):
         both = asyncio.Barrier(2)
@@ -2166,13 +2176,13 @@ async def test_several_tools_run_side_by_side_and_then_the_model_is_asked_once()
         line.hooks.results = results
         await openai.begins()
         one, other = a_function_call("a", '{"x":1}', "c1"), a_function_call("b", "{}", "c2")
-        await calls_tools(openai, one, other)
+        await openai.calls_tools(one, other)
         outputs = [(await openai.gets("conversation.item.create"))["item"] for _ in range(2)]
         assert {(item["type"], item["call_id"]) for item in outputs} == {
             ("function_call_output", "c1"),
             ("function_call_output", "c2"),
         }
-        assert sorted(item["output"] for item in outputs)[0] == f'a {{"x":1}} for {line.hooks.calls[0].sid}'
+        assert sorted(item["output"] for item in outputs)[0] == f'a {{"x":1}} for {line.call.sid}'
         assert await openai.gets("response.create") == {"type": "response.create"}
         await openai.says(voice(20))
         await openai.caught_up()
@@ -2182,16 +2192,10 @@ async def test_several_tools_run_side_by_side_and_then_the_model_is_asked_once()
 
 async def test_a_tool_holds_up_neither_audio_nor_barge_in() -> None:
     async with a_call() as (twilio, openai, line):
-        done = asyncio.Event()
-
-        async def results(call: Any, name: str, arguments: str) -> str:
-            await done.wait()
-            return "done"
-
-        line.hooks.results = results
+        done = line.hooks.tool_waits()
         await openai.begins()
         await openai.speaks(voice(1000))
-        await calls_tools(openai, a_function_call("slow"))
+        await openai.calls_tools(a_function_call("slow"))
         await twilio.speaks(voice(100))
         await until(lambda: openai.heard == voice(100))
         await openai.hears_speech("u1")
@@ -2206,29 +2210,20 @@ async def test_a_tool_holds_up_neither_audio_nor_barge_in() -> None:
 
 async def test_tools_of_a_cancelled_answer_and_incomplete_calls_are_never_run() -> None:
     async with a_call() as (_, openai, line):
-        await openai.begins()
-        await calls_tools(openai, a_function_call("a"), status="cancelled")
-        await openai.begins()
-        await calls_tools(openai, a_function_call("a", '{"x', status="incomplete"))
+        await openai.calls_tools(a_function_call("a"), status="cancelled")
+        await openai.calls_tools(a_function_call("a", '{"x', status="incomplete"))
         await openai.caught_up()
         assert openai.types() == ["session.update"] and not line.hooks.facts("tool_used")
 
 
 async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told_to_the_next_session() -> None:
     async with a_call() as (_, openai, line):
-        done = asyncio.Event()
-
-        async def results(call: Any, name: str, arguments: str) -> str:
-            await done.wait()
-            return "25度"
-
-        line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("weather"))
+        done = line.hooks.tool_waits("25度")
+        await openai.calls_tools(a_function_call("weather"))
         await openai.caught_up()
         opens = line.openai.opens_late()
         openai.socket.transport.abort()
-        await until(lambda: not line.hooks.calls[0].ready)
+        await until(lambda: not line.call.ready)
         done.set()
         await until(lambda: line.hooks.facts("tool_used"))
         opens.set()
@@ -2240,19 +2235,12 @@ async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told
 
 async def test_a_tool_that_ends_after_its_session_tells_the_next_one_in_words() -> None:
     async with a_call() as (_, openai, line):
-        done = asyncio.Event()
-
-        async def results(*_: Any) -> str:
-            await done.wait()
-            return "25度"
-
-        line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("weather"))
+        done = line.hooks.tool_waits("25度")
+        await openai.calls_tools(a_function_call("weather"))
         await openai.caught_up()
         openai.socket.transport.abort()
         again = await line.openai.session()
-        await until(lambda: line.hooks.calls[0].ready)
+        await until(lambda: line.call.ready)
         done.set()
         item = (await again.gets("conversation.item.create"))["item"]
         assert item["role"] == "system" and "25度" in item["content"][0]["text"]
@@ -2279,7 +2267,7 @@ async def test_an_answer_that_fails_once_is_spoken_the_second_time(monkeypatch: 
     monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
     async with a_call(greeting="もしもし") as (twilio, openai, _):
         for _ in range(2):
-            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            await openai.fails()
             assert "もしもし" in (await openai.gets("response.create"))["response"]["instructions"]
             await until(lambda: openai.response)
         await openai.says(voice(100))
@@ -2317,10 +2305,10 @@ async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an
     async with a_call() as (twilio, openai, line):
         await openai.begins()
         for _ in range(2):
-            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            await openai.fails()
             assert await openai.gets("response.create") == {"type": "response.create"}
             await until(lambda: openai.response)
-        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.fails()
         await hears_an_apology(line, twilio)
 
 
@@ -2329,7 +2317,7 @@ async def test_only_failures_in_a_row_count(monkeypatch: pytest.MonkeyPatch) -> 
     async with a_call() as (twilio, openai, _):
         for _ in range(4):
             await openai.begins()
-            await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+            await openai.fails()
             await openai.gets("response.create")
             await until(lambda: openai.response)
             await openai.says(voice(20))
@@ -2343,7 +2331,7 @@ async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
     monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.1))
     async with a_call() as (_, openai, _):
         await openai.begins()
-        await openai.ends("failed", error={"code": "rate_limit_exceeded", "message": "slow down"})
+        await openai.fails()
         await openai.hears_silence(await openai.hears_speech())
         await openai.says(voice(20))
         await asyncio.sleep(0.2)
@@ -2353,7 +2341,7 @@ async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
 async def test_a_quota_that_is_used_up_in_the_middle_ends_in_an_apology() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.begins()
-        await openai.ends("failed", error={"code": "insufficient_quota", "message": "You exceeded your current quota"})
+        await openai.fails("insufficient_quota")
         await hears_an_apology(line, twilio)
 
 
@@ -2365,7 +2353,7 @@ async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
         await openai.begins()
         await openai.speaks(voice(500))
         await openai.caught_up()
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await openai.speaks(voice(300, 2))
         await openai.ends()
         assert "<Hangup/>" in await twilio.next()
@@ -2378,7 +2366,7 @@ async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_l
         async with a_call() as (twilio, openai, line):
             await openai.begins()
             await openai.caught_up()
-            line.hooks.calls[0].hang_up()
+            line.call.hang_up()
             await openai.speaks(words)
             await openai.ends()
             assert "<Hangup/>" in await twilio.next()
@@ -2387,12 +2375,10 @@ async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_l
 
 async def test_hanging_up_waits_for_a_tool_that_is_running() -> None:
     async with a_call() as (twilio, openai, line):
-        done = asyncio.Event()
-        line.hooks.results = lambda *_: done.wait()
-        await openai.begins()
-        await calls_tools(openai, a_function_call("slow"))
+        done = line.hooks.tool_waits()
+        await openai.calls_tools(a_function_call("slow"))
         await openai.caught_up()
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await asyncio.sleep(0.05)
         assert not twilio.socket.close_code
         done.set()
@@ -2407,8 +2393,7 @@ async def test_a_model_that_hangs_up_without_a_word_is_asked_for_one() -> None:
             return "ok"
 
         line.hooks.results = results
-        await openai.begins()
-        await calls_tools(openai, a_function_call("hang_up"))
+        await openai.calls_tools(a_function_call("hang_up"))
         await openai.gets("conversation.item.create")
         await openai.gets("response.create")
         await openai.says(voice(100))
@@ -2428,7 +2413,7 @@ async def test_a_goodbye_that_was_spoken_before_the_tool_hung_up_is_not_followed
         line.hooks.results = results
         await openai.begins()
         await openai.speaks(voice(100))
-        await calls_tools(openai, a_function_call("hang_up"))
+        await openai.calls_tools(a_function_call("hang_up"))
         await asyncio.wait_for(twilio.socket.wait_closed(), 2)
         assert openai.creates == 0
 
@@ -2441,7 +2426,7 @@ async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
         twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
         await openai.says(voice(100))
         await until(lambda: twilio.marks)
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         assert "<Hangup/>" in await asyncio.wait_for(twilio.next(), 1)
 
 
@@ -2449,7 +2434,7 @@ async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(500))
         await openai.caught_up()
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await openai.hears_speech("u1")
         await openai.gets("conversation.item.truncate")
         await openai.hears_silence("u1")
@@ -2463,7 +2448,7 @@ async def test_hanging_up_that_was_called_off_does_not_happen_later(monkeypatch:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(200))
         await openai.caught_up()
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await openai.hears_speech()
         await asyncio.sleep(0.4)
         assert not twilio.socket.close_code
@@ -2474,8 +2459,8 @@ async def test_a_transfer_dials_the_number_after_the_last_words() -> None:
         await openai.says(voice(200))
         await openai.caught_up()
         with pytest.raises(ValueError, match="E.164"):
-            line.hooks.calls[0].transfer("</Dial><Play>")
-        line.hooks.calls[0].transfer("+81312345678")
+            line.call.transfer("</Dial><Play>")
+        line.call.transfer("+81312345678")
         assert "<Response><Dial>+81312345678</Dial></Response>" in await twilio.next()
         assert twilio.heard_so_far() == voice(200)
 
@@ -2485,9 +2470,9 @@ async def test_a_transfer_that_overtakes_a_hanging_up_is_a_transfer(monkeypatch:
     async with a_call() as (twilio, openai, line):
         await openai.begins()
         await openai.caught_up()
-        line.hooks.calls[0].hang_up()
+        line.call.hang_up()
         await asyncio.sleep(0.1)
-        line.hooks.calls[0].transfer("+81312345678")
+        line.call.transfer("+81312345678")
         assert "<Dial>" in await twilio.next()
 
 
@@ -2532,7 +2517,7 @@ async def test_a_message_of_any_size_is_delivered_and_what_follows_it_too() -> N
 
 async def test_messages_of_every_length_of_length_arrive_as_they_were_sent_and_with_masks_of_their_own() -> None:
     async with a_call() as (_, openai, line):
-        leg, masks, write = line.hooks.calls[0].openai, set(), line.hooks.calls[0].openai.transport.write
+        leg, masks, write = line.call.openai, set(), line.call.openai.transport.write
 
         def see(data: bytes) -> None:
             masks.add(data[{126: 4, 127: 10}.get(data[1] & 127, 2) :][:4])
@@ -2592,7 +2577,7 @@ async def test_a_streams_first_messages_may_come_with_its_handshake(cut: int) ->
         writer.write(head.encode() + frames[: len(frames) - cut])
         await reader.readuntil(b"\r\n\r\n")
         writer.write(frames[len(frames) - cut :])
-        await until(lambda: line.hooks.calls and line.hooks.calls[0].stream_sid == "MZ1", 2)
+        await until(lambda: line.hooks.calls and line.call.stream_sid == "MZ1", 2)
         writer.close()
 
 
@@ -3115,9 +3100,9 @@ async def test_the_readmes_smallest_hook_and_tool_do_what_it_says(
     assert host.tools[0]["parameters"]["properties"]["number"]["description"].startswith("as printed")
     assert await host.run_tool(None, "look_up_order", '{"number":"A-1001"}') == "shipped"
     async with a_call() as (_, _, line):
-        host.emit("caller_said", line.hooks.calls[0], 0.0, {"text": "もしもし"})
+        host.emit("caller_said", line.call, 0.0, {"text": "もしもし"})
         host.close(2)
-        assert capsys.readouterr().out == f"{line.hooks.calls[0].sid} said もしもし\n"
+        assert capsys.readouterr().out == f"{line.call.sid} said もしもし\n"
 
 
 def shipped(folder: Path) -> list[str]:
@@ -3170,7 +3155,7 @@ def test_fly_toml_keeps_a_machine_awake_and_gives_a_drain_its_time() -> None:
     assert fly["vm"] == [{"size": "shared-cpu-1x", "memory": "256mb"}]
 
 
-# ── As a program: one call to watch, or many at once ──────────────────────────────────────────────────────────
+# ── As a program: one call to watch, or many at once ────────────────────────────────────────────────────────────
 #
 #     python test_bridge.py                     a pretend call in the terminal, in real time
 #     python test_bridge.py --calls 50          50 at once: what is lost, how long it takes, what it costs
