@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import urllib.error
@@ -45,6 +46,7 @@ from twilio.twiml.voice_response import Connect, VoiceResponse
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.typing import Origin
 
 import bridge
 from hooks import offline
@@ -719,12 +721,21 @@ async def test_the_webhook_is_answered_with_the_twiml_that_twilios_own_package_w
         assert ElementTree.canonicalize(ours) == ElementTree.canonicalize(str(theirs))
 
 
+async def test_without_a_public_address_twilio_is_told_the_name_by_which_the_request_came() -> None:
+    async with a_line() as line:
+        twiml = (await http(line.port, "POST", "/twilio/voice", FORM, {"Host": "localhost:8080"}))[2]
+        assert '<Stream url="wss://localhost:8080/twilio/stream">' in twiml
+        assert ">https://localhost:8080/twilio/next</Redirect>" in twiml
+
+
 async def test_a_webhook_may_come_by_get_too_and_its_answer_is_xml() -> None:
     async with a_line() as line:
         status, headers, body = await http(line.port, "GET", "/twilio/voice?CallSid=CA9&From=%2B81")
         assert (status, headers["Content-Type"]) == (200, "text/xml; charset=utf-8")
         assert "<Connect><Stream" in body
         assert "CA9" in line.bridge.calls
+        status, headers, body = await http(line.port, "GET", "/twilio/next?CallSid=CA9")
+        assert (status, headers["Content-Type"]) == (200, "text/xml; charset=utf-8") and "<Hangup/>" in body
 
 
 async def test_a_webhook_that_is_delivered_twice_is_one_call() -> None:
@@ -832,6 +843,14 @@ async def test_a_webhooks_signature_may_be_made_with_or_without_the_port(base: s
             assert answer[0] == 200, host
 
 
+async def test_of_a_webhook_that_comes_by_get_the_query_is_signed() -> None:
+    async with a_line(**SIGNED) as line:
+        for path in ("/twilio/voice", "/twilio/next"):
+            headers = signed(f"https://mycompany.com{path}?CallSid=CA1", {})
+            assert (await http(line.port, "GET", f"{path}?CallSid=CA1", headers=headers))[0] == 200
+            assert (await http(line.port, "GET", f"{path}?CallSid=CA2", headers=headers))[0] == 403
+
+
 async def test_a_signature_covers_every_value_of_a_name_that_comes_twice() -> None:
     class Pairs(dict[str, list[str]]):
         getlist = dict.__getitem__
@@ -923,9 +942,12 @@ async def test_without_an_auth_token_another_computer_may_neither_call_nor_read_
 ) -> None:
     monkeypatch.setattr(bridge.TwilioLeg, "remote_address", ("203.0.113.5", 1))
     async with a_line() as line:
-        line.hooks.pages["/"] = lambda connection, request: connection.respond(200, "the browser phone")
+        for path in ("/", "/log"):
+            line.hooks.pages[path] = lambda connection, request: connection.respond(200, "the browser phone")
         assert (await http(line.port, "POST", "/twilio/voice", FORM))[0] == 403
-        assert "phone" not in (await http(line.port, "GET", "/"))[2].replace("telephone", "")
+        status, _, body = await http(line.port, "GET", "/")
+        assert (status, body) == (200, "This is a telephone; its pages are for its owner.\n")
+        assert (await http(line.port, "GET", "/log"))[0] == 403
 
 
 async def test_a_script_in_a_page_of_another_site_may_not_call_and_one_in_our_own_may() -> None:
@@ -935,6 +957,18 @@ async def test_a_script_in_a_page_of_another_site_may_not_call_and_one_in_our_ow
             assert (await http(line.port, "POST", "/twilio/voice", FORM, headers))[0] == 403
         own = f"http://127.0.0.1:{line.port}"
         assert (await http(line.port, "POST", "/twilio/voice", FORM, {"Origin": own}))[0] == 200
+
+
+@pytest.mark.parametrize("settings", [{}, SIGNED])
+async def test_a_page_of_another_site_may_not_open_a_stream_and_our_own_may(settings: dict[str, str]) -> None:
+    async with a_line(**settings) as line:
+        twilio, url = line.caller(), f"ws://127.0.0.1:{line.port}/twilio/stream"
+        headers = twilio.signature(twilio.stream_url, {})
+        with pytest.raises(InvalidStatus) as refused:
+            await connect(url, origin=Origin("https://evil.example"), additional_headers=headers)
+        assert refused.value.response.status_code == 403
+        own = Origin(f"http://127.0.0.1:{line.port}")
+        await (await connect(url, origin=own, additional_headers=headers)).close()
 
 
 @pytest.mark.parametrize(
@@ -960,6 +994,19 @@ async def test_this_computer_may_read_pages_by_any_of_its_names_and_without_one(
         for host in (f"localhost:{line.port}", "[::1]:8080", "127.0.0.2", "LOCALHOST", "a.localhost:1"):
             assert (await http(line.port, "GET", "/log", headers={"Host": host}))[2] == "mine", host
         assert parse_http(await raw(line.port, b"GET /log HTTP/1.0\r\n\r\n"))[2] == "mine"
+
+
+async def test_with_an_auth_token_pages_are_still_for_this_computer_only() -> None:
+    async with a_line(**SIGNED) as line:
+        line.hooks.pages["/log"] = lambda connection, request: connection.respond(200, "mine")
+        assert (await http(line.port, "GET", "/log"))[0] == 200
+        assert (await http(line.port, "GET", "/log", headers={"X-Forwarded-For": "1.2.3.4"}))[0] == 403
+
+
+async def test_where_there_is_no_page_the_root_answers_with_a_plain_line_of_text() -> None:
+    async with a_line() as line:
+        status, headers, body = await http(line.port, "GET", "/")
+        assert status == 200 and headers["Content-Type"].startswith("text/plain") and "telephone" in body
 
 
 @pytest.mark.parametrize(
@@ -1045,6 +1092,7 @@ async def test_a_call_has_one_stream_whatever_token_a_second_one_brings(monkeypa
 async def test_a_stream_that_sends_no_start_in_5_s_is_closed_and_nothing_is_dialled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert bridge.START_TIMEOUT_S == 5
     monkeypatch.setattr(bridge, "START_TIMEOUT_S", 0.2)
     async with a_line() as line:
         silent = await line.caller().connects()
@@ -1152,6 +1200,7 @@ async def test_the_model_is_dialled_at_the_webhook_and_speaks_as_soon_as_the_str
 
 
 async def test_a_model_that_no_stream_comes_for_in_10_s_is_hung_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bridge.Call.UNCLAIMED_S == 10
     monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_line() as line:
         await line.caller().dials()
@@ -1282,11 +1331,39 @@ async def test_the_session_is_set_up_in_ga_form_for_a_telephone() -> None:
         }
         assert session["output_modalities"] == ["audio"]
         assert session["reasoning"] == {"effort": "low"}
+        assert session["instructions"] == line.bridge.settings.instructions
+        assert "tools" not in session
+
+
+async def test_the_model_is_told_of_the_tools_that_hooks_offer() -> None:
+    async with a_line() as line:
+        line.hooks.tools = [{"type": "function", "name": "a", "description": "b", "parameters": {"type": "object"}}]
+        await line.caller().dials()
+        session = (await line.openai.session()).received[0]["session"]
+        assert (session["tools"], session["tool_choice"]) == (line.hooks.tools, "auto")
+
+
+@pytest.mark.parametrize(
+    ("url", "dialled"),
+    [
+        ("wss://api.openai.com/v1/realtime", "wss://api.openai.com/v1/realtime?model=mini"),
+        ("ws://localhost:1/v1?x=y", "ws://localhost:1/v1?x=y&model=mini"),
+        ("wss://a.example/v1?model=theirs&x=y", "wss://a.example/v1?model=theirs&x=y"),
+    ],
+)
+def test_the_model_is_added_to_the_url_unless_that_names_one(url: str, dialled: str) -> None:
+    settings = bridge.Settings(openai_realtime_url=url, openai_realtime_model="mini")
+    assert bridge.Bridge(settings, Spy()).openai_url == dialled
 
 
 def test_reasoning_is_set_only_for_models_that_reason() -> None:
     for model, reasons in {"gpt-realtime": False, "gpt-realtime-1.5": False, "gpt-realtime-2.1-mini": True}.items():
         assert ("reasoning" in bridge.session_update(bridge.Settings(openai_realtime_model=model), [])) is reasons
+
+
+def test_without_a_transcription_model_the_callers_words_are_not_transcribed() -> None:
+    session = bridge.session_update(bridge.Settings(transcription_model=""), [])
+    assert "transcription" not in session["audio"]["input"]
 
 
 async def test_when_the_transcription_is_refused_the_session_goes_on_without_it() -> None:
@@ -1336,6 +1413,15 @@ async def test_the_greeting_comes_before_the_callers_audio_on_the_wire() -> None
         await until(lambda: len(order) == 5)
         assert order == ["session.update", "response.create"] + ["input_audio_buffer.append"] * 3
         await twilio.hangs_up()
+
+
+async def test_without_a_greeting_the_caller_speaks_first() -> None:
+    async with a_call(greeting="") as (twilio, openai, _):
+        await openai.caught_up()
+        assert openai.creates == 0
+        await openai.hears_silence(await openai.hears_speech(), "もしもし")
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
 
 
 # ── 4 The model: when it cannot be had, the caller hears an apology and never silence ───────────────────────────
@@ -1546,6 +1632,7 @@ async def test_a_lost_session_is_dialled_again_with_what_was_said_and_heard(code
 
 
 async def test_a_new_session_is_told_the_last_200_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bridge.Call.HISTORY == 200
     monkeypatch.setattr(bridge.Call, "HISTORY", 2)
     async with a_call() as (_, openai, line):
         for item in ("u1", "u2", "u3"):
@@ -1719,6 +1806,7 @@ async def test_a_session_that_is_lost_within_10_s_of_the_one_before_it_ends_in_a
 async def test_a_session_that_is_lost_long_after_the_one_before_it_is_dialled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert bridge.Call.LOST_AGAIN_S == 10
     monkeypatch.setattr(bridge.Call, "LOST_AGAIN_S", 0.1)
     async with a_call() as (_, openai, line):
         for _ in range(2):
@@ -2170,7 +2258,10 @@ async def test_several_tools_run_side_by_side_and_then_the_model_is_asked_once()
         await openai.says(voice(20))
         await openai.caught_up()
         assert openai.creates == 1
-        assert {facts["name"] for facts in line.hooks.facts("tool_used")} == {"a", "b"}
+        assert line.hooks.events().count("model_asked") == 1
+        used = {facts["name"]: facts for facts in line.hooks.facts("tool_used")}
+        assert set(used) == {"a", "b"} and 0 <= used["a"]["seconds"] < 1
+        assert (used["a"]["arguments"], used["a"]["result"]) == ('{"x":1}', f'a {{"x":1}} for {line.call.sid}')
 
 
 async def test_a_tool_holds_up_neither_audio_nor_barge_in() -> None:
@@ -2741,6 +2832,7 @@ async def test_what_follows_a_form_is_not_a_part_of_it_and_100_continue_is_said_
 
 
 async def test_a_request_that_does_not_come_to_its_end_in_5_s_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bridge.FORM_TIMEOUT_S == 5
     monkeypatch.setattr(bridge, "FORM_TIMEOUT_S", 0.2)
     async with a_line() as line:
         for request in (form_request(FORM)[:-1], form_request(FORM)[:30]):
@@ -2810,6 +2902,7 @@ async def test_a_drain_lets_calls_go_on_then_ends_them_and_waits_for_twilio_to_a
 
 
 async def test_the_events_of_a_call_tell_its_story_in_order() -> None:
+    began = time.monotonic()
     async with a_call(greeting="もしもし") as (twilio, openai, line):
         await openai.says(voice(100), "もしもし")
         await until(lambda: line.hooks.facts("model_said"))
@@ -2832,7 +2925,36 @@ async def test_the_events_of_a_call_tell_its_story_in_order() -> None:
         assert b"".join(facts["mulaw"] for facts in line.hooks.facts("caller_audio")) == voice(40)
         assert b"".join(facts["mulaw"] for facts in line.hooks.facts("model_audio")) == voice(100) * 2
         times = [at for _, at, _ in line.hooks.told[2:]]
-        assert times == sorted(times)
+        assert times == sorted(times) and began < times[0] and times[-1] < time.monotonic()
+
+
+async def test_a_call_tells_hooks_who_called_whom_and_has_room_for_their_notes() -> None:
+    async with a_call() as (twilio, _, line):
+        assert (line.call.sid, line.call.stream_sid) == (twilio.sid, twilio.stream_sid)
+        assert (line.call.caller, line.call.called, line.call.notes) == (CALLER, CALLED, {})
+
+
+async def test_a_hook_may_tell_the_model_hang_up_and_transfer_from_any_thread() -> None:
+    async with a_call() as (twilio, openai, line):
+        asyncio.get_running_loop().set_debug(True)  # so it refuses what only its own thread may do
+        threads: set[int] = set()
+        line.hooks.emit = lambda *_: threads.add(threading.get_ident())  # type: ignore[method-assign]
+        await asyncio.to_thread(line.call.tell_model, "何か")
+        await openai.gets("conversation.item.create")
+        await openai.asked()
+        await asyncio.to_thread(line.call.hang_up)
+        await asyncio.to_thread(line.call.transfer, "+81312345678")
+        await openai.says(voice(20))
+        assert "<Dial>" in await twilio.next() and threads == {threading.get_ident()}
+
+
+async def test_audio_is_not_made_for_hooks_that_do_not_listen_to_it() -> None:
+    async with a_call() as (twilio, openai, line):
+        line.hooks.listens = lambda event: False  # type: ignore[method-assign]
+        await twilio.speaks(voice(100))
+        await openai.says(voice(100))
+        await until(lambda: openai.heard == voice(100) and twilio.heard_so_far() == voice(100))
+        assert not {"caller_audio", "model_audio"} & {event for event, _, _ in line.hooks.told}
 
 
 # ── The process ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2880,7 +3002,7 @@ async def a_process(log: Path, folder: Path = HERE, **env: str) -> AsyncIterator
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        assert "sk-secret" not in log.read_text()
+        assert "sk-secret" not in log.read_text() and CALLER not in log.read_text()
 
 
 async def a_whole_call(twilio: PretendTwilio, openai: PretendOpenAI, speech: bytes) -> PretendSession:
@@ -2931,7 +3053,7 @@ async def test_a_whole_call_through_the_real_process_can_be_read_in_its_log(tmp_
         ]
         events = [line["event"] for line in story]
         assert events[0] == "call_started" and events[-1] == "call_ended" and "model_interrupted" in events
-        assert CALLER not in bridge_process.log.read_text() and CALLER[-4:] in bridge_process.log.read_text()
+        assert CALLER[-4:] in bridge_process.log.read_text()
         bridge_process.process.send_signal(signal.SIGTERM)
         assert await bridge_process.exits() == 0
 
@@ -2962,10 +3084,26 @@ async def test_beside_somebody_elses_hooks_folder_none_of_its_files_is_run(tmp_p
         assert (await http(bridge_process.port, "GET", "/health"))[0] == 200
 
 
+async def test_without_a_key_a_stand_in_on_this_computer_answers(tmp_path: Path) -> None:
+    async with a_process(
+        tmp_path / "log", OPENAI_API_KEY="", OPENAI_REALTIME_URL="", HOOKS="offline"
+    ) as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        await until(lambda: len(twilio.heard_so_far()) > 4000)
+        await twilio.hangs_up()
+        assert bridge_process.openai.sessions == []
+
+
 def test_a_port_that_is_taken_is_said_in_one_line() -> None:
     with socket.create_server(("", 0)) as taken:
         done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(taken.getsockname()[1]), "HOOKS": ""})
     assert done.returncode == 1 and "Set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_host_is_the_address_that_is_listened_at() -> None:
+    somebody_elses = "192.0.2.1"  # RFC 5737: of no computer
+    done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(free_port()), "HOST": somebody_elses, "HOOKS": ""})
+    assert done.returncode == 1 and "cannot listen" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
@@ -3057,6 +3195,15 @@ def test_the_readmes_table_env_example_and_the_code_name_the_same_settings() -> 
     assert set(settings_named_in(hooks_table)) >= of_hooks - set(ours)
     named = settings_named_in((HERE / ".env.example").read_text())
     assert named == ours + settings_named_in(hooks_table)
+
+
+def test_the_readmes_table_names_the_defaults_of_the_code() -> None:
+    listed = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    ours = {name.upper(): value for name, value in vars(bridge.Settings()).items() if name.upper() in listed}
+    assert len(ours) == 9
+    assert {name: listed[name] for name in ours} == {
+        name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in ours.items()
+    }
 
 
 def settings_named_in(text: str) -> list[str]:
