@@ -1,8 +1,14 @@
-"""What the bridge does, as read from the wire.
+"""What the bridge does, read from the wire. The names of the tests, read in order, are its specification.
 
-At the top stand a pretend Twilio and a pretend OpenAI, as strict as the real ones (hooks/offline.py knows what a client
-may send, to the last key). Then come tests whose names are sentences, in the order in which a call happens. Nothing
-between the two sockets is mocked. Run: pytest
+    PretendTwilio     a caller: the webhook, the stream, and a player that plays in real time
+    PretendOpenAI     the model's server; a PretendSession is one connection that the bridge has dialled
+    Spy               in place of the hooks: keeps what they would be told, and is the tools
+    a_line, a_call    a bridge with a pretend OpenAI, on ports of this computer; and a call on it that is up
+
+The pretenders are as strict as the real ones (hooks/offline.py knows what a client may send, to the last key): a test
+fails when the bridge breaks either protocol, whatever the test is about. Nothing between the two sockets is mocked; a
+test may shorten one of the bridge's limits. The sections are those of bridge.py, in its order; then come the hooks, the
+process and the files around it. Run: pytest
 
 At the end it is a program of its own: `python test_bridge.py` plays a call in the terminal, or many at once.
 """
@@ -53,7 +59,7 @@ from hooks import offline
 
 HERE = Path(__file__).parent
 LIMIT_S = 20  # no test waits longer for anything
-TOLERANCE_MS = 80  # for the way of a mark on a busy machine
+TOLERANCE_MS = 80  # between what a caller has heard and what the bridge knows of it, on a busy machine
 CALLER, CALLED = "+819012345678", "+15005550006"
 
 
@@ -67,6 +73,7 @@ def b64(mulaw: bytes) -> str:
 
 
 async def until(true: Callable[[], Any], within_s: float = 5.0, why: str = "") -> None:
+    """Wait for something to become true; that it does not is a failure."""
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline, f"not within {within_s} s: {why or true}"
@@ -77,8 +84,11 @@ async def until(true: Callable[[], Any], within_s: float = 5.0, why: str = "") -
 
 
 class PretendTwilio:
-    """One caller: webhook, stream, and a player that plays audio in real time, returns marks when what was before
-    them has been heard, and at `clear` throws away what it has not played and returns all marks at once."""
+    """One caller, and all that Twilio does for them.
+
+    Its player plays in real time and returns a mark when what came before it has been heard. At `clear` it throws away
+    what it has not played, and returns all marks at once.
+    """
 
     numbers = itertools.count(1)
 
@@ -88,19 +98,21 @@ class PretendTwilio:
         self.stream_sid = "MZ" + self.sid[2:]
         self.base = base  # PUBLIC_BASE_URL, when requests are to be signed
         self.auth_token = auth_token
-        self.timestamp_ms = 0
+        self.timestamp_ms = 0  # of the caller's next frame; a test that moves it on makes a hole
         self.sequence = itertools.count(2)
-        self.received: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []  # all messages of the bridge
         self.heard = b""  # what was played to the caller
         self.queue: deque[tuple[float, float, bytes]] = deque()  # (begin, end, mulaw) on the loop's clock
-        self.marks: list[tuple[asyncio.TimerHandle, str]] = []
+        self.marks: list[tuple[asyncio.TimerHandle, str]] = []  # not yet returned
         self.clears = 0
-        self.faults: list[str] = []
+        self.faults: list[str] = []  # what Twilio would warn of, by the number of its warning
+        # What the webhook's TwiML says, once it has been answered:
         self.parameters: dict[str, str] = {}
         self.stream_url = (self.base or "https://x").replace("https", "wss") + "/twilio/stream"
         self.after = "/twilio/next"
 
     def signature(self, url: str, form: dict[str, str]) -> dict[str, str]:
+        """The header that proves that it is Twilio; none without an auth token."""
         if not self.auth_token:
             return {}
         return {"X-Twilio-Signature": RequestValidator(self.auth_token).compute_signature(url, form)}
@@ -156,8 +168,8 @@ class PretendTwilio:
         await self.dials()
         return await self.opens()
 
-    async def sends(self, message: dict[str, Any], **how: Any) -> None:
-        await self.socket.send(json.dumps(message, separators=(",", ":"), **how))
+    async def sends(self, message: dict[str, Any]) -> None:
+        await self.socket.send(json.dumps(message, separators=(",", ":")))
 
     async def speaks(self, mulaw: bytes, frame_ms: int = 20, pace: bool = False) -> None:
         """The caller's voice, in frames; at once unless `pace`."""
@@ -177,6 +189,7 @@ class PretendTwilio:
         await self.sends({"event": "dtmf", "streamSid": self.stream_sid, "sequenceNumber": "5", "dtmf": dtmf})
 
     async def hangs_up(self) -> None:
+        """`stop`, and the stream is closed."""
         stop = {"accountSid": "AC" + "0" * 32, "callSid": self.sid}
         await self.sends({"event": "stop", "sequenceNumber": "9", "streamSid": self.stream_sid, "stop": stop})
         await self.socket.close()
@@ -237,10 +250,12 @@ class PretendTwilio:
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def heard_so_far(self) -> bytes:
+        """What the caller has heard."""
         self.play_out()
         return self.heard
 
     def sent_to_it(self) -> bytes:
+        """All audio that has come, heard or not."""
         return b"".join(base64.b64decode(m["media"]["payload"]) for m in self.received if m["event"] == "media")
 
     async def next(self) -> str:
@@ -255,26 +270,27 @@ class PretendTwilio:
 def a_function_call(
     name: str, arguments: str = "{}", call_id: str = "call_1", status: str = "completed"
 ) -> dict[str, Any]:
+    """The item in which the model calls a tool."""
     item = {"id": f"item_{call_id}", "type": "function_call", "status": status, "name": name}
     return {**item, "call_id": call_id, "arguments": arguments}
 
 
 class PretendSession:
-    """One session of the pretend OpenAI. It checks what it gets as the real one does, and says what a test tells it."""
+    """One session of the pretend OpenAI: checks what it is sent as the real one does, and does what a test tells it."""
 
     def __init__(self, server: PretendOpenAI, socket: ServerConnection) -> None:
         self.server = server
         self.socket = socket
         self.headers = socket.request.headers if socket.request else {}
-        self.config: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}  # the session that was granted
         self.received: list[dict[str, Any]] = []  # all but audio
         self.seen = 0  # how many of them `gets` has passed
         self.heard = b""  # the caller's audio
-        self.errors: list[str] = []
+        self.errors: list[str] = []  # the codes of all that it has refused
         self.event_id: str | None = None  # of the event that is being handled
         self.response: str | None = None  # the one in progress
-        self.audio: dict[str, int] = {}  # item -> bytes
-        self.creates = 0
+        self.audio: dict[str, int] = {}  # item -> bytes of it that were sent
+        self.creates = 0  # how often it was asked for a response
 
     async def run(self) -> None:
         await self.sends("session.created", session={"type": "realtime", "audio": {}})
@@ -389,6 +405,7 @@ class PretendSession:
         await self.ends("failed", error={"code": code, "message": "slow down, or pay"})
 
     async def hears_speech(self, item: str = "") -> str:
+        """The caller begins to speak, which ends the response in progress; returns the item of their turn."""
         item = item or f"item_{next(self.server.numbers)}"
         await self.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id=item)
         detection = self.config["audio"]["input"]["turn_detection"]
@@ -397,6 +414,7 @@ class PretendSession:
         return item
 
     async def hears_silence(self, item: str, text: str = "") -> None:
+        """The caller's turn is over; with `text`, its words are known at once."""
         await self.sends("input_audio_buffer.speech_stopped", audio_end_ms=0, item_id=item)
         await self.sends("input_audio_buffer.committed", item_id=item, previous_item_id=None)
         if text:
@@ -430,18 +448,18 @@ class PretendSession:
 
 
 class PretendOpenAI:
-    """The server. What it refuses and grants is set by a test."""
+    """The server that the bridge dials. What it refuses and grants is set by a test."""
 
     def __init__(self) -> None:
         self.numbers = itertools.count(1)
         self.sessions: list[PretendSession] = []
-        self.taken = 0
+        self.taken = 0  # how many of them `session` has given to the test
         self.answers_creates = True  # response.create is answered by response.created
         self.grants: dict[str, str] = {}  # "input" or "output" -> another audio format than was asked for
         self.refuses_transcription = False
         self.on_dial: Callable[[PretendSession], Any] | None = None  # instead of a session
-        self.expected_errors: set[str] = set()
-        self.paths: list[str] = []
+        self.expected_errors: set[str] = set()  # codes; any other is a failure of the test
+        self.paths: list[str] = []  # what was dialled, query and all
 
     async def handle(self, socket: ServerConnection) -> None:
         session = PretendSession(self, socket)
@@ -478,14 +496,14 @@ class PretendOpenAI:
 
 
 class Spy:
-    """In place of the hooks' host: keeps what it is told."""
+    """In place of the hooks: keeps what they would be told, offers what a test gives it."""
 
     def __init__(self) -> None:
-        self.tools: list[dict[str, Any]] = []
+        self.tools: list[dict[str, Any]] = []  # as the model is told of them
         self.pages: dict[str, Any] = {}
-        self.told: list[tuple[str, float, dict[str, Any]]] = []
-        self.calls: list[Any] = []
-        self.results: Callable[..., Any] | None = None
+        self.told: list[tuple[str, float, dict[str, Any]]] = []  # (event, at, facts)
+        self.calls: list[Any] = []  # the call of each call_started
+        self.results: Callable[..., Any] | None = None  # what a tool does, whatever its name
         self.dropped = 0
 
     def listens(self, event: str) -> bool:
@@ -515,9 +533,11 @@ class Spy:
         pass
 
     def events(self, *but: str) -> list[str]:
+        """The names of all events but audio and these, in the order in which they were told."""
         return [event for event, _, _ in self.told if event not in {"caller_audio", "model_audio", *but}]
 
     def facts(self, event: str) -> list[dict[str, Any]]:
+        """What was told with each event of this name."""
         return [facts for name, _, facts in self.told if name == event]
 
 
@@ -564,7 +584,7 @@ async def a_line(**settings: Any) -> AsyncIterator[Line]:
 
 @contextlib.asynccontextmanager
 async def a_call(**settings: Any) -> AsyncIterator[tuple[PretendTwilio, PretendSession, Line]]:
-    """A call that is up, with its greeting asked for and still unspoken (or none, with greeting="")."""
+    """A call that is up. It has no greeting, unless a test gives one; that has been asked for and is still unspoken."""
     async with a_line(**{"greeting": "", **settings}) as line:
         twilio = await line.caller().calls()
         openai = await line.openai.session()
@@ -609,6 +629,7 @@ def parse_http(answer: bytes) -> tuple[int, dict[str, str], str]:
 
 
 def form_request(body: bytes, *headers: str, path: str = "/twilio/voice", method: str = "POST") -> bytes:
+    """A request with this body, byte for byte."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
@@ -703,6 +724,7 @@ def test_a_wrong_setting_stops_the_start_with_status_2_and_one_line_that_names_i
     done = run_bridge({"OPENAI_API_KEY": "sk-secret", name: value})
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and name in line and "Traceback" not in line and "sk-secret" not in line
+    assert re.search("give|take that out|choose", line), "what to do about it"
 
 
 # ── 2 Answer: the webhook, and what comes after the stream ──────────────────────────────────────────────────────
