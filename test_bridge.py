@@ -657,7 +657,7 @@ def test_an_empty_setting_is_its_default_except_where_it_means_none() -> None:
     assert settings == dataclasses.replace(bridge.Settings(), **none)
 
 
-def test_the_public_address_is_the_one_given_or_that_of_fly() -> None:
+def test_the_public_address_is_the_one_given_or_that_of_the_fly_app() -> None:
     fly = {**KEY, "FLY_APP_NAME": "my-app"}
     assert bridge.read_settings(fly).public_base_url == "https://my-app.fly.dev"
     given = bridge.read_settings({**fly, "PUBLIC_BASE_URL": "https://a.example:8443/phone/"})
@@ -1224,7 +1224,7 @@ async def test_a_model_that_no_stream_comes_for_in_10_s_is_hung_up(monkeypatch: 
         assert not line.hooks.told
 
 
-async def test_a_call_whose_stream_has_come_goes_on_after_these_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_whose_stream_has_come_goes_on_after_10_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_call() as (twilio, _, line):
         await asyncio.sleep(0.3)
@@ -1908,7 +1908,7 @@ async def test_when_frames_stop_while_the_caller_speaks_silence_lets_the_turn_en
         assert set(openai.heard[800:]) == {0xFF}
 
 
-async def test_a_turn_that_filled_in_silence_has_ended_is_answered_and_its_tools_run(
+async def test_a_turn_that_ended_in_a_hole_is_answered_with_its_tools(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bridge.Call, "NO_FRAMES_S", 0.1003)
@@ -1956,7 +1956,7 @@ async def test_the_models_voice_reaches_the_caller_unchanged() -> None:
         await until(lambda: twilio.heard_so_far() == voice(333, 1) + voice(251, 2))
 
 
-async def test_most_errors_are_told_to_the_hooks_and_the_call_goes_on() -> None:
+async def test_most_errors_of_openais_are_told_to_the_hooks_and_the_call_goes_on() -> None:
     async with a_call() as (twilio, openai, line):
         for code in ("response_cancel_not_active", "invalid_value", "conversation_already_has_active_response", None):
             await openai.sends("error", error={"type": "x", "code": code, "message": "something", "event_id": None})
@@ -2201,7 +2201,7 @@ async def test_what_a_hook_tells_the_model_is_answered_once_the_answer_in_progre
         await openai.gets("response.create")
 
 
-async def test_what_a_hook_tells_right_after_a_turn_of_the_callers_is_left_to_the_answer_to_that_turn() -> None:
+async def test_what_a_hook_tells_right_after_the_callers_turn_is_left_to_the_answer_to_that_turn() -> None:
     async with a_call() as (_, openai, line):
         item = await openai.hears_speech()
         await openai.hears_silence(item)
@@ -2365,7 +2365,9 @@ async def test_a_greeting_that_fails_twice_is_asked_for_again_in_the_same_words_
         await until(lambda: twilio.heard_so_far() == voice(100))
 
 
-async def test_an_answer_that_openai_refuses_to_begin_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_openai_refuses_to_begin_counts_as_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
     async with a_line(greeting="もしもし") as line:
 
@@ -2596,7 +2598,7 @@ async def test_messages_arrive_whole_however_the_bytes_are_cut() -> None:
         await asyncio.wait_for(await ping, 1)
 
 
-async def test_a_message_of_the_models_that_is_very_long_is_delivered_and_what_follows_it_too() -> None:
+async def test_a_very_long_message_of_the_models_is_delivered_and_so_is_what_follows_it() -> None:
     async with a_call() as (twilio, openai, _):
         await openai.begins()
         await openai.speaks(voice(100, 1), "a")
