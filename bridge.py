@@ -614,7 +614,6 @@ class Call:
         self.ready = False  # … and audio may flow
         self.transcribe = True  # False once OpenAI has refused that part of the session
         self.server_interrupts = True  # OpenAI cancels a response by itself when the caller speaks over it
-        self.server_answers = True  # … and begins one by itself when they have spoken
         self.history: dict[str, tuple[str, str]] = {}  # item id -> (role, text), in the order of the conversation
 
         self.ears: deque[bytes] = deque()  # the caller's audio (base64) that a new session would need; see section 5
@@ -832,9 +831,8 @@ class Call:
             if given != "audio/pcmu":
                 self.verdict.set_result(f"OpenAI grants {given} as {way} format instead of audio/pcmu")
                 return
-        detection = (audio.get("input") or {}).get("turn_detection") or {}
-        self.server_interrupts = detection.get("interrupt_response", True)
-        self.server_answers = detection.get("create_response", True)
+        turn_detection = (audio.get("input") or {}).get("turn_detection") or {}
+        self.server_interrupts = turn_detection.get("interrupt_response", True)
         self.verdict.set_result("")
         for role, text in self.history.values():  # of a session before this one
             if text:
@@ -1018,8 +1016,8 @@ class Call:
                 self.answer_due = True
                 self.turn_ms = self.ears_ms  # needed until its text has come
                 self.emit("caller_paused")
-                self.answer_comes = self.server_answers
-                self.later("answer", self.ANSWER_COMES_S if self.server_answers else 0, self.no_answer_came)
+                self.answer_comes = True
+                self.later("answer", self.ANSWER_COMES_S, self.no_answer_came)
             case "input_audio_buffer.committed":
                 self.remember(event["item_id"], "user", "")  # its place; the words come later, perhaps after the answer
             case "conversation.item.input_audio_transcription.completed":
@@ -1058,19 +1056,19 @@ class Call:
 
     def on_error(self, error: Mapping[str, Any]) -> None:
         """Most errors are recoverable, and the session stays open: the call goes on."""
-        code = error.get("code")
+        code, names_ask = error.get("code"), error.get("event_id") == self.ASK_ID
         text = f"{code}: {error.get('message')}"
         if self.verdict is not None and not self.verdict.done():
             self.session_refused(error)
         elif code in self.FINAL_ERRORS:
             self.give_up(text)
-        elif error.get("event_id") == self.ASK_ID and self.asking and code != self.ALREADY_ACTIVE:
+        elif names_ask and self.asking and code != self.ALREADY_ACTIVE:
             self.asked, self.asking = self.asking, b""
             self.response_failed(error)
         else:
-            if code == self.ALREADY_ACTIVE:  # the caller's turn began one at the same moment
-                self.wanted, self.asking = b"" if not self.greeted else self.asking, b""
             self.emit("model_failed", error=f"{text}: the call goes on")
+            if code == self.ALREADY_ACTIVE and (names_ask or self.asking):
+                self.asked_too_late()
 
     def remember(self, item_id: str, role: str, text: str) -> None:
         if len(self.history) >= self.HISTORY and item_id not in self.history:
@@ -1237,6 +1235,12 @@ class Call:
         if self.caller_speaking:  # it would talk over the caller, whose turn will be answered anyhow
             self.cut.add(response_id)
             self.to_openai("response.cancel", response_id=response_id)
+
+    def asked_too_late(self) -> None:
+        """OpenAI began an answer by itself at that moment: ask again after it; but it takes the greeting's place."""
+        refused, self.asking, self.asked = self.asking or self.asked, b"", self.CREATE_RESPONSE
+        if refused == self.CREATE_RESPONSE:
+            self.wanted = refused
 
     def item_done(self, item: Mapping[str, Any]) -> None:
         if item.get("type") == "function_call" and item.get("status") == "completed":
@@ -1720,7 +1724,8 @@ async def run(settings: Settings, hooks: Any) -> int:
     try:
         server = await open_line(bridge, settings.host, settings.port)
     except OSError as fault:
-        print(f"bridge.py: cannot listen on port {port}: {fault.strerror}. Set PORT to a free one", file=sys.stderr)
+        mend = "Set PORT to a free one" + (", and HOST to an address of this computer" if settings.host else "")
+        print(f"bridge.py: cannot listen at {settings.host}:{port}: {fault.strerror}. {mend}", file=sys.stderr)
         return 1
     async with server:
         log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)

@@ -498,8 +498,9 @@ class PretendOpenAI:
 class Spy:
     """In place of the hooks: keeps what they would be told, offers what a test gives it."""
 
+    tools: list[dict[str, Any]] = []  # as the model is told of them
+
     def __init__(self) -> None:
-        self.tools: list[dict[str, Any]] = []  # as the model is told of them
         self.pages: dict[str, Any] = {}
         self.told: list[tuple[str, float, dict[str, Any]]] = []  # (event, at, facts)
         self.calls: list[Any] = []  # the call of each call_started
@@ -1350,12 +1351,13 @@ async def test_the_session_is_set_up_in_ga_form_for_a_telephone() -> None:
         assert "tools" not in session
 
 
-async def test_the_model_is_told_of_the_tools_that_hooks_offer() -> None:
+async def test_the_model_is_told_of_the_tools_that_hooks_offer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "name": "a", "description": "b", "parameters": {"type": "object"}}
+    monkeypatch.setattr(Spy, "tools", [tool])
     async with a_line() as line:
-        line.hooks.tools = [{"type": "function", "name": "a", "description": "b", "parameters": {"type": "object"}}]
         await line.caller().dials()
         session = (await line.openai.session()).received[0]["session"]
-        assert (session["tools"], session["tool_choice"]) == (line.hooks.tools, "auto")
+        assert (session["tools"], session["tool_choice"]) == ([tool], "auto")
 
 
 @pytest.mark.parametrize(
@@ -2225,6 +2227,43 @@ async def test_two_texts_that_hooks_tell_at_once_are_answered_once() -> None:
         assert openai.creates == 1
 
 
+async def test_what_a_hook_tells_as_openai_begins_an_answer_by_itself_is_answered_after_that_one() -> None:
+    async with a_call() as (_, openai, line):
+        line.openai.expected_errors.add("conversation_already_has_active_response")
+        line.call.tell_model("何か")
+        await openai.begins()
+        await openai.gets("conversation.item.create")
+        await openai.gets("response.create")
+        await openai.says(voice(20))
+        assert await openai.gets("response.create") == {"type": "response.create"}
+        await openai.says(voice(20))
+        await openai.caught_up()
+        assert openai.creates == 2
+
+
+async def test_a_greeting_gives_way_to_an_answer_that_openai_begins_at_the_same_moment() -> None:
+    async with a_line(greeting="もしもし") as line:
+        line.openai.expected_errors.add("conversation_already_has_active_response")
+
+        async def begins_at_once(session: PretendSession) -> None:
+            updates = session.updates
+
+            async def updated(config: dict[str, Any]) -> None:
+                await updates(config)
+                await session.begins()
+
+            session.updates = updated  # type: ignore[method-assign]
+            await session.run()
+
+        line.openai.on_dial = begins_at_once
+        await line.caller().calls()
+        openai = await line.openai.session()
+        await openai.gets("response.create")
+        await openai.says(voice(20))
+        await openai.caught_up()
+        assert openai.creates == 1
+
+
 async def test_what_a_hook_told_while_the_model_was_being_dialled_again_is_answered_by_the_next_session() -> None:
     async with a_call() as (_, openai, line):
         opens = line.openai.opens_late()
@@ -2793,7 +2832,6 @@ HOST = b"Host: localhost\r\n"
         (form_request(b"a=b", "Transfer-Encoding: chunked"), 411),
         (form_request(b"a=b", "Content-Length: 4"), 400),
         (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n", 400),
-        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: 3\r\nExpect: tea\r\n\r\n", 417),
         (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"no colon here\r\n\r\n", 400),
         (b"what is this\r\n\r\n", 400),
         (form_request(b"a=b", method="PUT"), 405),
@@ -3122,7 +3160,14 @@ def test_a_port_that_is_taken_is_said_in_one_line() -> None:
 def test_host_is_the_address_that_is_listened_at() -> None:
     somebody_elses = "192.0.2.1"  # RFC 5737: of no computer
     done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(free_port()), "HOST": somebody_elses, "HOOKS": ""})
-    assert done.returncode == 1 and "cannot listen" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "HOST to an address of this computer" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_an_argument_that_is_not_known_is_said_in_one_line() -> None:
+    command = [sys.executable, str(HERE / "bridge.py"), "--port=9000"]
+    done = subprocess.run(command, env=clean({}), capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2 and "--port=9000" in done.stderr and "environment" in done.stderr.splitlines()[-1]
 
 
 async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
