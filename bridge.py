@@ -23,7 +23,8 @@
 
 Both sides speak G.711 mu-law at 8 kHz in base64 (Twilio: audio/x-mulaw, OpenAI: audio/pcmu), so that audio passes
 through as it came. Nothing in a call's relay waits: each message is handled to its end where it arrives, and what it
-causes is written at once. So there are no races to think about inside a call, only the order of messages.
+causes is written at once. So no two things inside a call happen at the same time; what is left to think about are
+messages of ours and of OpenAI's that cross on the wire (section 8).
 
     python bridge.py          the README has the settings, the first call, and what to do when something is wrong
 
@@ -53,8 +54,8 @@ import ssl
 import sys
 import time
 import webbrowser
-from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,17 @@ class Settings:
     drain_seconds: float = 240.0  # how long SIGTERM waits for calls to end by themselves
     hooks: str | None = None  # comma-separated names; None: every file in hooks/
 
+    @property
+    def model(self) -> str:
+        """The URL's own model, if it names one."""
+        return dict(parse_qsl(urlsplit(self.openai_realtime_url).query)).get("model", self.openai_realtime_model)
+
 
 MAY_BE_EMPTY = {"greeting", "transcription_model", "hooks"}  # an empty value is a choice there, and "unset" elsewhere
 RANGES = {
     "port": (1, 65535),
     "max_calls": (1, 100_000),
-    "max_call_seconds": (0.1, 86_400),
+    "max_call_seconds": (0.1, 86_400),  # so short for tests only
     "drain_seconds": (0, 86_400),
 }
 
@@ -123,7 +129,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         if value is None or not (value.strip() or setting.name in MAY_BE_EMPTY):
             continue
         if setting.name in RANGES:
-            chosen[setting.name] = read_number(name, value, int if setting.type == "int" else float)
+            chosen[setting.name] = read_number(name, value, int if isinstance(setting.default, int) else float)
         elif setting.name == "session":
             chosen[setting.name] = read_object(name, value)
         else:
@@ -165,10 +171,12 @@ def why_wrong(settings: Settings) -> str:
         return f"PUBLIC_BASE_URL is {no_password(base)!r}: give an https address such as https://my-app.fly.dev"
     if not re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", url):
         return f"OPENAI_REALTIME_URL is {no_password(url)!r}: give one that begins with wss://"
-    audio = session_update(settings, []).get("audio") or {}
+    if not re.fullmatch("[!-~]*", settings.openai_api_key):  # and an error of the dial would quote it
+        return "OPENAI_API_KEY has a character that no key has: copy it again from https://platform.openai.com/api-keys"
+    audio = session_update(settings, []).get("audio")
     for way in ("input", "output"):
-        audio_format = ((audio.get(way) or {}).get("format") or {}) if isinstance(audio, dict) else {}
-        if audio_format != {"type": "audio/pcmu"}:
+        part = audio.get(way) if isinstance(audio, dict) else None
+        if not isinstance(part, dict) or part.get("format") != {"type": "audio/pcmu"}:
             return f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
     return ""
 
@@ -215,7 +223,7 @@ def session_update(settings: Settings, tools: list[dict[str, Any]]) -> dict[str,
     }
     if settings.transcription_model:
         session["audio"]["input"]["transcription"] = {"model": settings.transcription_model}
-    if settings.openai_realtime_model.startswith("gpt-realtime-2"):  # the models that reason; others refuse the key
+    if re.match(r"gpt-realtime-2(\.\d+)?(-|$)", settings.model):  # the models that reason; others refuse the key
         session["reasoning"] = {"effort": "low"}
     if tools:
         session |= {"tools": tools, "tool_choice": "auto"}
@@ -259,7 +267,7 @@ HANG_UP = twiml("<Hangup/>")
 
 
 def header(request: Request, name: str) -> str:
-    """A header's value; "" when it is missing or, which nobody honest does with ours, repeated."""
+    """A header's value; "" when it is missing, or sent twice (nobody honest does that)."""
     values = request.headers.get_all(name)
     return values[0] if len(values) == 1 else ""
 
@@ -275,15 +283,16 @@ def is_loopback(host: str) -> bool:
 class Form(dict[str, list[str]]):
     """A webhook's pairs, as the twilio package's validator wants them: a name may come twice."""
 
-    getlist = dict[str, list[str]].__getitem__
+    def getlist(self, name: str) -> list[str]:
+        return self[name]
 
     def first(self, name: str) -> str:
-        """Its first value, without what XML and a log line cannot hold; a <Parameter> may have 500 characters."""
+        """Its first value: 200 characters at most (a <Parameter> may have 500), none that breaks XML or a log."""
         return "".join(filter(str.isprintable, self.get(name, [""])[0]))[:200]
 
 
 class Bridge:
-    """What the calls of this process share: the settings, the hooks, and how many they are."""
+    """What the calls of this process share: the settings, the hooks, and how many calls there are."""
 
     def __init__(self, settings: Settings, hooks: Any) -> None:
         self.settings = settings
@@ -291,24 +300,24 @@ class Bridge:
         self.calls: dict[str, Call] = {}  # by CallSid: from the webhook to the last close
         self.next_twiml: dict[str, str] = {}  # by CallSid: what /twilio/next answers
         self.not_yet_asked: set[str] = set()  # CallSids of streams that were closed while draining
-        self.used_tokens: dict[str, None] = {}
-        self.draining = False
-        self.peak_calls = self.frames_from_callers = self.late_frames = self.pieces_to_callers = 0  # see `health`
+        self.used_tokens: dict[str, None] = {}  # a set in the order of use: the oldest is forgotten first
+        self.draining = False  # SIGTERM has come
+        self.peak_calls = 0
+        self.frames_from_callers = 0  # usually 20 ms each
+        self.late_frames = 0  # that came more than 100 ms after the one before
+        self.pieces_to_callers = 0  # of at most 200 ms
         self.loop_delays_ms: deque[float] = deque(maxlen=600)  # of the last minute; see `measure_loop_delay`
         self.wanted_session = session_update(settings, hooks.tools)  # what each session.update asks for
         self.validator = RequestValidator(settings.twilio_auth_token)
         self.secret = (settings.twilio_auth_token or secrets.token_hex()).encode()  # the same on each machine
         address = urlsplit(settings.openai_realtime_url)
-        self.model = dict(parse_qsl(address.query)).get("model", settings.openai_realtime_model)
-        query = urlencode({**dict(parse_qsl(address.query)), "model": self.model})
+        query = urlencode({**dict(parse_qsl(address.query)), "model": settings.model})
         self.openai_url = address._replace(query=query).geturl()
         self.openai_headers = {"Authorization": f"Bearer {settings.openai_api_key}"} if settings.openai_api_key else {}
         # One for all calls: it holds the certificates of the world's authorities.
         self.tls = ssl.create_default_context() if address.scheme == "wss" else None
-        # asyncio sets 256 KiB aside for each TLS connection; 32 KiB are 3 s of speech, and a third of the memory.
-        asyncio.sslproto.SSLProtocol.max_size = 32 << 10
 
-    def answer(self, connection: ServerConnection, request: Request) -> Any:
+    def answer_request(self, connection: ServerConnection, request: Request) -> Any:
         """Every HTTP request comes here (websockets' process_request). None lets the stream's upgrade go on."""
         assert isinstance(connection, TwilioLeg)
         response = self.route(connection, request)
@@ -319,13 +328,13 @@ class Bridge:
     def route(self, connection: TwilioLeg, request: Request) -> Any:
         path, _, query = request.path.partition("?")
         path = re.sub("^/twilio/stream/[0-9a-z]+$", "/twilio/stream", path)  # on Fly.io a machine's id follows
-        page = self.hooks.pages.get(path)
         if connection.refusal:
             return connection.respond(*connection.refusal)
         if machine := self.other_machine(request):
             response = connection.respond(200, f"machine {machine} has this call\n")
             response.headers["fly-replay"] = f"prefer_instance={machine}"
             return response
+        page = self.hooks.pages.get(path)
         if path not in ROUTES and page is None:
             return connection.respond(404, "Nothing is here. Twilio's webhook is POST /twilio/voice\n")
         allowed = ROUTES.get(path, "GET, HEAD")
@@ -347,7 +356,7 @@ class Bridge:
             return connection.respond(403, "This request could not be verified. The bridge's log says what to set.\n")
         if path == "/twilio/stream":
             return None
-        if request.method == "GET":
+        if request.method == "GET":  # its pairs stand in the URL; what was signed is the URL as a whole
             form = Form(parse_qs(query, keep_blank_values=True))
         xml = self.answer_call(form, self.base_url(request)) if path == "/twilio/voice" else self.after_call(form)
         return self.reply(connection, xml, "text/xml; charset=utf-8")
@@ -431,7 +440,7 @@ class Bridge:
         """TwiML for a new call: open the stream, and afterwards ask /twilio/next. The model is dialled now."""
         sid = form.first("CallSid")
         call = self.calls.get(sid)  # Twilio may deliver a webhook twice
-        if call is None and (refusal := self.refusal_if_full()):
+        if call is None and (refusal := self.why_no_room()):
             return refusal
         if call is None and sid:
             call = self.begin(sid, form.first("From"), form.first("To"))
@@ -451,7 +460,7 @@ class Bridge:
         self.not_yet_asked.discard(form.first("CallSid"))
         return self.next_twiml.get(form.first("CallSid"), HANG_UP)
 
-    def refusal_if_full(self) -> str:
+    def why_no_room(self) -> str:
         """What a further caller hears instead; "" when there is room."""
         if self.draining:
             return say_and_hang_up(RESTARTING)
@@ -478,7 +487,7 @@ class Bridge:
 
     def begin(self, sid: str, caller: str, called: str) -> Call:
         call = self.calls[sid] = Call(self, sid, caller, called)
-        call.life = asyncio.get_running_loop().create_task(call.live())
+        call.life = asyncio.create_task(call.live())
         return call
 
     async def take_stream(self, twilio: ServerConnection) -> None:
@@ -490,13 +499,14 @@ class Bridge:
         await asyncio.wait([started, closed], timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if started.done() and (call := started.result()):
             await asyncio.wait([call.life, closed], return_when=asyncio.FIRST_COMPLETED)
-            call.end("caller hung up" if twilio.close_code in (1000, 1001, 1005) else "twilio lost")
+            normal = twilio.close_code in (1000, 1001, 1005)  # closed, going away, closed without a word
+            call.end("caller hung up" if normal else "twilio lost")
             await asyncio.wait([call.life])
         else:
             if not started.done():
                 log.warning("a stream from %s was closed: it sent no start in %g s", twilio.peer, START_TIMEOUT_S)
             started.cancel()
-            await twilio.close_soon(1008)
+            await twilio.close_soon(1008)  # policy violation
         closed.cancel()
 
     def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Any], message: bytes) -> None:
@@ -507,11 +517,11 @@ class Bridge:
         sid, stream_sid = event["start"]["callSid"], event["start"]["streamSid"]
         given = event["start"].get("customParameters") or {}
         call = self.calls.get(sid)
-        if not self.use_token(str(given.get("token")), sid) or (call and call.stream_sid):
+        if not self.use_token(str(given.get("token")), sid) or (call and call.stream_open):
             log.warning("a stream was refused: it brought no valid token for call %.40s", sid)
             started.set_result(None)
-        elif call is None and (refusal := self.refusal_if_full()):
-            self.answer_next(sid, refusal)
+        elif call is None and (refusal := self.why_no_room()):
+            self.set_next(sid, refusal)
             started.set_result(None)
         else:  # without a call, another machine answered the webhook, or the model was lost already: dial from here
             call = call or self.begin(sid, given.get("from", ""), given.get("to", ""))
@@ -522,10 +532,10 @@ class Bridge:
     @property
     def talking(self) -> int:
         """The number of calls with an open stream."""
-        return sum(1 for call in self.calls.values() if call.stream_sid)
+        return sum(1 for call in self.calls.values() if call.stream_open)
 
-    def answer_next(self, sid: str, next_twiml: str) -> None:
-        """The bridge ends this call: Twilio will ask what comes next."""
+    def set_next(self, sid: str, next_twiml: str) -> None:
+        """The bridge ends this call: Twilio will ask what comes next (see `after_call`)."""
         keep(self.next_twiml, sid, next_twiml)
         if self.draining:  # else nobody waits for it
             self.not_yet_asked.add(sid)
@@ -546,6 +556,7 @@ def keep(memory: dict[str, Any], key: str, value: Any) -> None:
 
 
 def dump(message: Mapping[str, Any]) -> bytes:
+    """JSON; what UTF-8 cannot hold (half an emoji, which a tool may return) becomes a question mark."""
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
@@ -555,7 +566,7 @@ def size_of(payload: bytes) -> int:
 
 
 class ModelLost(Exception):
-    """The model cannot be had, and dialling again would not help."""
+    """The model cannot be reached, and dialling again would not help."""
 
 
 @dataclass(slots=True)
@@ -586,8 +597,6 @@ class Ending:
 class Call:
     """One call: what Twilio has, and what OpenAI has. Begun at the webhook, or at a `start` on another machine."""
 
-    UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
-
     def __init__(self, bridge: Bridge, sid: str, caller: str, called: str) -> None:
         self.bridge = bridge
         self.loop = asyncio.get_running_loop()
@@ -598,58 +607,66 @@ class Call:
         self.token = bridge.new_token(sid)  # what the stream must bring
         self.life: asyncio.Task[None] | None = None  # the task of `live`
         self.over: asyncio.Future[str] = self.loop.create_future()  # the reason, once the call is to end
-        self.tasks: set[asyncio.Task[Any]] = set()  # whatever runs for this call, and ends with it
+        self.dialling: asyncio.Task[None] | None = None  # the task of `keep_session`
+        self.tools: set[asyncio.Task[None]] = set()  # the tasks of tools that run
         self.timers: dict[str, asyncio.TimerHandle] = {}  # whatever is to happen later, and not after the end
-        self.later("unclaimed", self.UNCLAIMED_S, self.end, "no stream came")
 
         self.twilio: TwilioLeg | None = None  # None until the stream opens
         self.stream_sid = ""  # "MZ…"; every message to Twilio carries it
         self.early_events: list[tuple[str, float, dict[str, Any]]] = []  # for hooks, from before the stream
         self.early_speech: list[bytes] = []  # what OpenAI sent of the greeting before the stream
 
-        self.openai: OpenAILeg | None = None  # None while dialling
-        self.session_number = 0  # of sessions dialled so far; that of the present one
+        self.openai: OpenAILeg | None = None  # None until the first is connected, and after a loss; may be closed
+        self.session_number = 0  # 1 for the first session that was connected, one more for each after it
         # OpenAI's answer to our session.update: "" when it is granted, else why it is refused.
         self.verdict: asyncio.Future[str] | None = None
-        self.ready = False  # … and audio may flow
+        self.ready = False  # from the granted session.update until the session is lost: audio is sent only then
         self.transcribe = True  # False once OpenAI has refused that part of the session
-        self.server_interrupts = True  # OpenAI cancels a response by itself when the caller speaks over it
+        self.server_interrupts = True  # OpenAI cancels a response when the caller speaks over it; False: we have to
         self.history: dict[str, tuple[str, str]] = {}  # item id -> (role, text), in the order of the conversation
 
         self.ears: deque[bytes] = deque()  # the caller's audio (base64) that a new session would need; see section 5
         self.ears_ms = 0.0  # its length
-        self.turn_ms = 0.0  # length of its beginning that is a finished turn whose words have not come yet
+        self.turn_ms = 0.0  # how much of it, from its beginning, are finished turns: neither transcribed nor answered
+        self.turn_item_id = ""  # OpenAI's name for the last of them
         self.ears_dropped_ms = 0.0  # what never reached the model because no session was ready for 30 s
-        self.call_ms = -1.0  # time of the call up to which the model has been given audio, by Twilio's timestamps
-        self.frame_at = 0.0  # when the last frame came (loop time, s)
+        self.call_ms = -1.0  # how far the model has heard, by Twilio's timestamps; -1: no frame has come
+        self.frame_at = 0.0  # when the last frame came, or a hole was last filled (loop time, s)
         self.caller_speaking = False  # between speech_started and speech_stopped
-        self.caller_was_speaking = False  # … when the session was lost
+        self.caller_was_speaking = False  # the caller was speaking when the session was lost
 
         self.items: dict[str, Item] = {}  # what the model says and has not been settled, by item id, in order
         self.marks: deque[tuple[str, int]] = deque()  # marks that Twilio has not returned: (name, position)
+        self.early_text: defaultdict[str, str] = defaultdict(str)  # words of items whose sound has not begun
         self.sent = 0  # bytes of speech given to Twilio since the call began, 8 to the ms
-        self.played = 0  # up to which of them Twilio says it has played …
-        self.played_at = 0.0  # … and when it said so (loop time, s)
+        self.played = 0  # how many of them Twilio says it has played
+        self.played_at = 0.0  # when it said so (loop time, s)
 
-        # Who asks for an answer, and when: section 8.
         self.response_id = ""  # the response in progress
-        self.cut: set[str] = set()  # responses whose remaining audio is dropped, until their response.done
-        self.asking = b""  # the response.create that OpenAI has not yet confirmed
-        self.wanted = b""  # the response.create to send as soon as it may be
-        self.asked = self.CREATE_RESPONSE  # what began the response in progress: asked again if it fails
-        self.answer_comes = False  # OpenAI is about to answer the caller's turn by itself
-        self.answer_due = False  # the caller has finished a turn that has not been answered
+        self.interrupted: set[str] = set()  # responses whose remaining audio is dropped, until their response.done
+        # Who asks the model to speak, and when, is section 8. The response.create …
+        self.create_wanted = b""  # … to be sent as soon as no response is in progress and the caller is silent
+        self.create_sent = b""  # … that OpenAI has not yet answered with response.created
+        self.create_answered = self.CREATE_RESPONSE  # … that the last response came from: sent again if that fails
+        self.wanted_at = 0.0  # when create_wanted was set (loop time, s)
+        self.paused_at = 0.0  # when the caller last stopped speaking (loop time, s)
+        self.holding = False  # nothing is asked for: OpenAI is about to answer by itself, or a failure is waited out
+        self.turn_unanswered = False  # the caller has finished a turn, and no answer to it has sounded
         self.spoke = False  # the response in progress has sounded
         self.greeted = not bridge.settings.greeting  # the greeting has sounded, or there is none
         self.failures = 0  # responses that failed in a row
         self.function_calls: list[dict[str, Any]] = []  # of the response in progress
-        self.given_up = False  # the model cannot be had: nothing more comes
+        self.given_up = False  # the model cannot be reached: nothing more comes
         self.ending: Ending | None = None  # how the call is to end, once the last words are heard
+
+    @property
+    def stream_open(self) -> bool:
+        return bool(self.stream_sid)
 
     def emit(self, event: str, at: float | None = None, **facts: Any) -> None:
         """Tell the hooks. What happens before the stream is open is told after call_started, with its own time."""
         at = time.monotonic() if at is None else at
-        if self.stream_sid:
+        if self.stream_open:
             self.bridge.hooks.emit(event, self, at, facts)
         else:
             self.early_events.append((event, at, facts))
@@ -657,26 +674,19 @@ class Call:
     def log(self, level: int, text: str, *values: Any) -> None:
         log.log(level, "%s " + text, self.sid, *values)
 
+    UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
+
     async def live(self) -> None:
-        """The call from the webhook to the last close; either side's end, or `end`, is the other's end."""
-        dialling = self.loop.create_task(self.keep_session())
+        """The call from the webhook to the last close. When one side ends, or `end` is called, the other is closed."""
+        self.dialling = asyncio.create_task(self.keep_session())
+        self.later("unclaimed", self.UNCLAIMED_S, self.end, "no stream came")
         limit_s, goodbye = self.bridge.settings.max_call_seconds, say_and_hang_up(TIME_IS_UP)
         self.later("limit", limit_s, self.end_when_heard, "time limit", goodbye)
         try:
             reason = await self.over
         finally:
-            self.ready = False
-            for timer in self.timers.values():
-                timer.cancel()
-            legs = [leg for leg in (self.twilio, self.openai) if leg is not None]
-            for leg in legs:  # what still comes while they close would begin things anew
-                leg.deliver_to(lambda message: None)
             heard = self.heard()  # now, for the closing takes a while
-            running = [dialling, *self.tasks]
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*(leg.close_soon() for leg in legs), *running, return_exceptions=True)
-            del self.bridge.calls[self.sid]
+            await self.close_both_sides()
         for item in list(self.items.values()):  # what was still being said
             item.complete = True
             if item.ends > heard and item.heard_ms is None:
@@ -684,10 +694,23 @@ class Call:
             self.settle(item)
         if self.ears_dropped_ms:
             self.log(logging.WARNING, "%.0f ms of the caller's audio never reached the model", self.ears_dropped_ms)
-        if self.stream_sid:
+        if self.stream_open:
             self.emit("call_ended", reason=reason)
         else:
             self.log(logging.WARNING, "ended before its stream was open: %s", reason)
+
+    async def close_both_sides(self) -> None:
+        self.ready = False
+        for timer in self.timers.values():
+            timer.cancel()
+        tasks = [task for task in (self.dialling, *self.tools) if task is not None]
+        for task in tasks:
+            task.cancel()
+        legs = [leg for leg in (self.twilio, self.openai) if leg is not None]
+        for leg in legs:
+            leg.ignore()  # what still comes while it closes would begin things anew
+        await asyncio.gather(*(leg.close_soon() for leg in legs), *tasks, return_exceptions=True)
+        del self.bridge.calls[self.sid]
 
     def open_stream(self, twilio: TwilioLeg, stream_sid: str) -> None:
         """Twilio's `start`: the caller is there. What the model has said until now goes out."""
@@ -706,34 +729,23 @@ class Call:
     def later(self, name: str, delay_s: float, act: Callable[..., object], *arguments: Any) -> None:
         """Do something later, unless the call is over by then. A timer replaces an earlier one of its name."""
         self.never_mind(name)
-        self.timers[name] = self.loop.call_later(delay_s, act, *arguments)
+        if not self.over.done():
+            self.timers[name] = self.loop.call_later(delay_s, act, *arguments)
 
     def never_mind(self, name: str) -> None:
         if timer := self.timers.pop(name, None):
             timer.cancel()
 
-    def start_task(self, work: Coroutine[Any, Any, None]) -> None:
-        def done(task: asyncio.Task[None]) -> None:
-            self.tasks.discard(task)
-            self.end_if_heard()
-
-        task = self.loop.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(done)
-
     # ── 4 The model ─────────────────────────────────────────────────────────────────────────────────────────────
     #
     # A session is dialled at the webhook, set up, and asked for the greeting, which is being spoken when the stream
-    # opens. A lost session is dialled again: a new one knows nothing, so it is told what both sides have said, and of
-    # the model only what was heard; then it gets the caller's audio that the old one had not answered.
+    # opens. A lost session is dialled again: a new one knows nothing, so it is told what both sides have said, of an
+    # interrupted answer only what was heard; then it gets the caller's audio that the old one had not answered.
 
-    SESSION_TIMEOUT_S = 8.0  # more silence than that is too much: the caller hears an apology
+    SESSION_TIMEOUT_S = 8.0  # a caller waits no longer than this for a session; then they hear an apology
     DIAL_PAUSE_S = 0.5  # between attempts
     LOST_AGAIN_S = 10.0  # a session that is lost so soon after another will not last either
-    FINAL_ERRORS = {  # that trying again does not mend
-        *("invalid_api_key", "beta_api_shape_disabled", "missing_model", "invalid_model", "model_not_found"),
-        *("insufficient_quota", "account_deactivated", "billing_hard_limit_reached"),
-    }
+    FINAL_ERRORS = {"insufficient_quota", "account_deactivated", "billing_hard_limit_reached"}  # of the account
     FINAL_CLOSES = range(3000, 5000)  # 3000 invalid_api_key, 4004 model_not_found …: the application itself refuses
 
     async def keep_session(self) -> None:
@@ -752,7 +764,7 @@ class Call:
                 if self.loop.time() - lost_at < self.LOST_AGAIN_S:
                     raise ModelLost(f"{why}, and the one before it {self.LOST_AGAIN_S:g} s ago or less")
                 lost_at = self.loop.time()
-                self.session_lost()
+                self.forget_session()
                 self.openai, self.early_speech = None, []  # what was not heard was not said
                 self.emit("model_failed", error=f"{why}: dialling again")
         except TimeoutError:
@@ -772,6 +784,7 @@ class Call:
             await asyncio.sleep(self.DIAL_PAUSE_S)
 
     async def dial(self) -> OpenAILeg | None:
+        """One attempt; None when it failed and another may succeed."""
         try:
             openai = await connect(
                 self.bridge.openai_url,
@@ -780,7 +793,7 @@ class Call:
                 create_connection=OpenAILeg,
                 compression=None,  # mu-law does not compress, and trying costs three times the CPU
                 proxy=None,
-                open_timeout=5,
+                open_timeout=5,  # s, as all these
                 close_timeout=1,
                 ping_interval=5,  # a line that is dead without a word is found in 10 s
                 ping_timeout=5,
@@ -788,7 +801,7 @@ class Call:
             )
         except (OSError, InvalidHandshake) as fault:
             status = fault.response.status_code if isinstance(fault, InvalidStatus) else 0
-            if 400 <= status < 500 and status not in (408, 425, 429):
+            if 400 <= status < 500 and status not in (408, 425, 429):  # timeout, too early, too many: they pass
                 hint = ": is OPENAI_API_KEY right?" if status in (401, 403) else ""
                 raise ModelLost(f"OpenAI answered HTTP {status} to the dial{hint}") from None
             self.log(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
@@ -842,46 +855,45 @@ class Call:
             who, words = self.bridge.settings.instructions, self.bridge.settings.greeting
             greeting = {"instructions": f"{who}\n\nBegin the call: say exactly this, no more: {words}"}
             self.ask(dump({"type": "response.create", "event_id": self.ASK_ID, "response": greeting}))
-        elif self.answer_due and not (self.caller_was_speaking or self.turn_ms):  # else it hears the turn's end
+        elif self.turn_unanswered and not (self.caller_was_speaking or self.turn_ms):  # else it hears the turn's end
             self.ask(self.CREATE_RESPONSE)
         for payload in self.ears:  # the create came before it on the wire: the greeting is first
-            self.to_model(payload)
+            self.send_audio(payload)
         self.ask_if_free()
 
     def session_refused(self, error: Mapping[str, Any]) -> None:
         """An error before the session was granted answers our session.update: nothing of that applies."""
         assert self.verdict is not None
         text = f"{error.get('code')}: {error.get('message')} ({error.get('param')})"
-        if self.transcribe and "transcription" in text and error.get("code") not in self.FINAL_ERRORS:
+        if self.transcribe and "transcription" in text:
             self.transcribe = False
             self.emit("model_failed", error=f"{text}: trying without transcription")
             self.update_session()
         else:
             self.verdict.set_result(f"OpenAI refuses the session: {text}")
 
-    def session_lost(self) -> None:
-        """Keep what the next session needs: the texts, and the caller's audio that was not answered (`ears`)."""
-        self.ready = False
-        self.answer_due = self.answer_due or bool(self.response_id or self.asking)
+    def forget_session(self) -> None:
+        """What was in progress in the session is over. Texts and `ears` stay, for a later one."""
+        self.ready = self.holding = False
+        self.turn_unanswered = self.turn_unanswered or bool(self.response_id or self.create_sent)
         self.caller_was_speaking, self.caller_speaking = self.caller_speaking, False
-        self.response_id, self.asking, self.answer_comes, self.function_calls = "", b"", False, []
-        for item in list(self.items.values()):  # what Twilio has of them is still played
+        self.response_id, self.create_sent, self.function_calls = "", b"", []
+        self.interrupted.clear()
+        self.early_text.clear()
+        for item in list(self.items.values()):  # what Twilio has of them is still played: it counts as heard
             item.complete = True
-            self.history[item.id] = ("assistant", item.text)
+            self.remember(item.id, "assistant", item.text)
             self.settle(item)
 
     def give_up(self, why: str) -> None:
-        """The model cannot be had. What it has said is heard out; then the caller hears an apology, not silence."""
+        """The model cannot be reached. What it has said is heard out; then the caller hears an apology, not silence."""
         self.log(logging.ERROR, "%s: the caller hears an apology", why)
         self.emit("model_failed", error=f"{why}: the caller hears an apology")
         self.given_up = True
-        self.session_lost()
+        self.forget_session()
         if self.openai is not None:
-            self.openai.deliver_to(lambda event: None)  # `live` closes it
-        self.never_mind("retry")
+            self.openai.ignore()
         self.never_mind("holes")
-        for task in self.tasks:  # tools: nobody will hear of them
-            task.cancel()
         self.end_when_heard("model lost", say_and_hang_up(APOLOGY))
 
     def to_openai(self, kind: str, **content: Any) -> None:
@@ -900,7 +912,6 @@ class Call:
     # no session is ready, everything. Never more than 30 s.
 
     HOLE_MS = 40.0  # timestamps that are off by less are jitter
-    RESYNC_MS = 60_000.0  # a timestamp this far back: Twilio's clock has begun anew
     NO_FRAMES_S = 0.75  # network jitter is shorter
     LATE_S = 0.1  # a frame that comes so long after the one before it is late: frames come every 20 ms
     PREROLL_MS = 1000.0  # of `ears`, while nobody speaks
@@ -916,6 +927,7 @@ class Call:
         event = json.loads(message)
         match event["event"]:
             case "media":
+                # Checked, because it is put into JSON as it is.
                 payload = base64.b64encode(base64.b64decode(event["media"]["payload"], validate=True))
                 self.hear(payload, int(event["media"]["timestamp"]))
             case "mark":
@@ -938,8 +950,8 @@ class Call:
         ms = size_of(payload) / 8
         if ms <= 0:
             return
-        if self.call_ms < 0 or timestamp_ms < self.call_ms - self.RESYNC_MS:
-            self.call_ms = timestamp_ms  # the first frame; or Twilio's clock has begun anew
+        if self.call_ms < 0:  # the first frame
+            self.call_ms = timestamp_ms
         elif timestamp_ms - self.call_ms >= self.HOLE_MS:
             self.hear_silence(timestamp_ms - self.call_ms)
             self.call_ms = timestamp_ms
@@ -951,7 +963,7 @@ class Call:
         missing_ms = min(missing_ms, self.HELD_MS)
         self.log(logging.INFO, "%.0f ms of the caller's audio are missing: filled with silence", missing_ms)
         while missing_ms > 0:
-            silence = b"\xff" * math.ceil(min(missing_ms, 1000) * 8)
+            silence = b"\xff" * math.ceil(min(missing_ms, 1000) * 8)  # by the second: `ears` forgets whole pieces
             self.take_in(base64.b64encode(silence), len(silence) / 8)
             missing_ms -= len(silence) / 8
 
@@ -964,7 +976,7 @@ class Call:
             if not self.ready:
                 self.ears_dropped_ms += oldest_ms
         if self.ready:
-            self.to_model(payload)
+            self.send_audio(payload)
         if self.bridge.hooks.listens("caller_audio"):
             self.emit("caller_audio", mulaw=base64.b64decode(payload))
 
@@ -979,7 +991,7 @@ class Call:
         while self.turn_ms and self.ears:
             self.forget_oldest()
 
-    def to_model(self, payload: bytes) -> None:
+    def send_audio(self, payload: bytes) -> None:
         assert self.openai is not None
         self.openai.send_now(b'{"type":"input_audio_buffer.append","audio":"%b"}' % payload)
 
@@ -999,7 +1011,7 @@ class Call:
     def from_openai(self, message: bytes) -> None:
         """One event of OpenAI's. The many that are not named here need nothing."""
         event = json.loads(message)
-        if not self.stream_sid and event["type"].startswith("response."):
+        if not self.stream_open and event["type"].startswith("response."):
             self.early_speech.append(message)
             return
         match event["type"]:
@@ -1013,36 +1025,38 @@ class Call:
                 self.watch_for_holes()
             case "input_audio_buffer.speech_stopped":
                 self.caller_speaking = False
-                self.answer_due = True
+                self.paused_at = self.loop.time()
+                self.turn_unanswered = True
                 self.turn_ms = self.ears_ms  # needed until its text has come
                 self.emit("caller_paused")
-                self.answer_comes = True
-                self.later("answer", self.ANSWER_COMES_S, self.no_answer_came)
+                self.hold(self.ANSWER_COMES_S)
             case "input_audio_buffer.committed":
+                self.turn_item_id = event["item_id"]
                 self.remember(event["item_id"], "user", "")  # its place; the words come later, perhaps after the answer
             case "conversation.item.input_audio_transcription.completed":
                 text = event.get("transcript", "").strip()
                 self.remember(event["item_id"], "user", text)
-                self.forget_turn()
+                if event["item_id"] == self.turn_item_id:
+                    self.forget_turn()
                 if text:
                     self.emit("caller_said", text=text)
                 if event.get("usage"):
                     asked = self.bridge.wanted_session["audio"]["input"].get("transcription") or {}
                     self.emit("model_used", usage=event["usage"], model=asked.get("model", ""))
             case "conversation.item.input_audio_transcription.failed":
-                self.emit(
-                    "model_failed",
-                    error=f"transcription: {(event.get('error') or {}).get('message')}: the call goes on",
-                )
+                why = (event.get("error") or {}).get("message")
+                self.emit("model_failed", error=f"transcription: {why}: the call goes on")
 
             case "response.created":
                 self.response_created(event["response"]["id"])
             case "response.output_audio.delta" | "response.audio.delta":  # the second is the beta's name
-                at = (event.get("response_id", self.response_id), event["item_id"], event.get("content_index", 0))
-                self.play(*at, event["delta"])
+                response_id, content_index = event.get("response_id", self.response_id), event.get("content_index", 0)
+                self.play(response_id, event["item_id"], content_index, event["delta"])
             case "response.output_audio_transcript.delta" | "response.audio_transcript.delta":
                 if item := self.items.get(event["item_id"]):
                     item.text += event["delta"]
+                else:  # text is faster than sound
+                    self.early_text[event["item_id"]] += event["delta"]
             case "response.output_audio_transcript.done" | "response.audio_transcript.done":
                 if item := self.items.get(event["item_id"]):
                     item.text = event["transcript"]
@@ -1062,12 +1076,12 @@ class Call:
             self.session_refused(error)
         elif code in self.FINAL_ERRORS:
             self.give_up(text)
-        elif names_ask and self.asking and code != self.ALREADY_ACTIVE:
-            self.asked, self.asking = self.asking, b""
+        elif names_ask and self.create_sent and code != self.ALREADY_ACTIVE:
+            self.create_answered, self.create_sent = self.create_sent, b""
             self.response_failed(error)
         else:
             self.emit("model_failed", error=f"{text}: the call goes on")
-            if code == self.ALREADY_ACTIVE and (names_ask or self.asking):
+            if code == self.ALREADY_ACTIVE and (names_ask or self.create_sent):
                 self.asked_too_late()
 
     def remember(self, item_id: str, role: str, text: str) -> None:
@@ -1099,12 +1113,12 @@ class Call:
         """A piece of the model's voice."""
         item = self.items.get(item_id)
         if item is None:
-            at = self.sent
-            item = Item(item_id, content_index, response_id, self.session_number, begins=at, ends=at)
+            item = Item(item_id, content_index, response_id, self.session_number, begins=self.sent, ends=self.sent)
+            item.text = self.early_text.pop(item_id, "")
             self.items[item_id] = item
             self.remember(item_id, "assistant", "")
         item.made += size_of(delta.encode())
-        if response_id in self.cut:
+        if response_id in self.interrupted:
             if item.heard_ms is None:  # it began after the barge-in, or had been heard as far as it had come
                 self.truncate(item, self.sent)
             return
@@ -1112,7 +1126,7 @@ class Call:
             self.played_at = self.loop.time()
         if not self.spoke:
             self.spoke = self.greeted = True
-            self.answer_due = False
+            self.turn_unanswered = False
             self.emit("model_spoke")
         messages = []
         for start in range(0, len(delta), self.MARK_CHARS):
@@ -1121,13 +1135,13 @@ class Call:
             mark = f"{item_id}:{self.sent}"
             self.marks.append((mark, self.sent))
             self.bridge.pieces_to_callers += 1
-            messages.append(self.for_twilio("media", media={"payload": payload}))
-            messages.append(self.for_twilio("mark", mark={"name": mark}))
+            messages.append(self.twilio_message("media", media={"payload": payload}))
+            messages.append(self.twilio_message("mark", mark={"name": mark}))
         self.to_twilio(*messages)
         if self.bridge.hooks.listens("model_audio"):
             self.emit("model_audio", mulaw=base64.b64decode(delta))
 
-    def for_twilio(self, event: str, **content: Any) -> bytes:
+    def twilio_message(self, event: str, **content: Any) -> bytes:
         return dump({"event": event, "streamSid": self.stream_sid, **content})
 
     def to_twilio(self, *messages: bytes) -> None:
@@ -1154,8 +1168,8 @@ class Call:
 
     def barge_in(self) -> None:
         """The caller has begun to speak. Whatever is being said to them stops, here and in the model's memory."""
-        if self.response_id and self.response_id not in self.cut:
-            self.cut.add(self.response_id)
+        if self.response_id and self.response_id not in self.interrupted:
+            self.interrupted.add(self.response_id)
             if not self.server_interrupts:
                 self.to_openai("response.cancel", response_id=self.response_id)
         if self.ending and self.ending.can_be_called_off:
@@ -1165,7 +1179,7 @@ class Call:
         if not self.marks:
             return  # nothing is playing
         heard = self.heard()
-        self.to_twilio(self.for_twilio("clear"))
+        self.to_twilio(self.twilio_message("clear"))
         self.marks.clear()
         self.played = self.sent  # nothing is out any more, so `settle` need not wait
         unheard = [item for item in self.items.values() if item.ends > heard and item.heard_ms is None]
@@ -1176,12 +1190,13 @@ class Call:
             self.emit("model_interrupted", heard_ms=max(0, heard - begins) // 8, sent_ms=(self.sent - begins) // 8)
         for item in list(self.items.values()):
             self.settle(item)
+        self.end_if_heard()
 
     def truncate(self, item: Item, heard: int) -> None:
         item.heard_ms = (min(max(heard, item.begins), item.ends) - item.begins) // 8
         if item.session_number == self.session_number and self.ready:
-            at = {"item_id": item.id, "content_index": item.content_index, "audio_end_ms": item.heard_ms}
-            self.to_openai("conversation.item.truncate", **at)
+            cut_at = {"content_index": item.content_index, "audio_end_ms": item.heard_ms}
+            self.to_openai("conversation.item.truncate", item_id=item.id, **cut_at)
 
     def settle(self, item: Item) -> None:
         """Once an item is complete, and heard to its end or cut, it is known what was said."""
@@ -1191,56 +1206,61 @@ class Call:
         heard_text = item.text
         if item.heard_ms is not None and item.made:  # its share of the text, for a session after this one
             heard_text = item.text[: round(len(item.text) * item.heard_ms * 8 / item.made)]
-        self.history[item.id] = ("assistant", heard_text)
+        self.remember(item.id, "assistant", heard_text)
         self.emit("model_said", text=item.text, heard_ms=item.heard_ms)
 
     # ── 8 Answering ─────────────────────────────────────────────────────────────────────────────────────────────
     #
     # When the caller has spoken, OpenAI answers by itself. The bridge asks for an answer (response.create) only for the
-    # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, so:
-    #
-    #     wanted   to be asked for once no response is in progress and the caller is silent; needless if one begins
-    #     asking   has been asked for; OpenAI has not said yet that it has begun
-    #     asked    began the response in progress (`response_id`), and is asked for again if that fails
+    # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, and the
+    # caller is not talked over, so what is wanted waits (create_wanted), is sent (create_sent), and is answered by
+    # response.created. When OpenAI answers a turn that ended after that, it is needless: the answer has seen it.
 
-    ASK_ID = "ask"  # of each response.create: an error that names it refuses that
-    CREATE_RESPONSE = b'{"type":"response.create","event_id":"ask"}'
+    ASK_ID = "ask"  # event_id of each response.create: an error that names it refuses that
+    CREATE_RESPONSE = dump({"type": "response.create", "event_id": ASK_ID})
     ALREADY_ACTIVE = "conversation_already_has_active_response"
-    ANSWER_COMES_S = 1.0  # within it OpenAI begins the answer to a turn: what is wanted besides would collide with it
-    RETRY_PAUSES_S = (1.0, 2.0)  # before an answer that failed is asked for again
-    HISTORY = 200  # texts that a new session is told
+    ANSWER_COMES_S = 1.0  # within it, usually at once, OpenAI begins its answer to a turn: an ask would collide with it
+    RETRY_PAUSES_S = (1.0, 2.0)  # before an answer that failed is asked for again; a rate limit passes in seconds
+    HISTORY = 200  # texts that a new session is told: some 20 minutes of talk
 
     def ask(self, create: bytes) -> None:
-        self.wanted = create
+        self.create_wanted, self.wanted_at = create, self.loop.time()
         self.ask_if_free()
 
     def ask_if_free(self) -> None:
-        others_turn = self.response_id or self.asking or self.caller_speaking or self.answer_comes
-        if self.wanted and self.ready and not others_turn:
-            self.asking, self.wanted = self.wanted, b""
+        others_turn = self.response_id or self.create_sent or self.caller_speaking or self.holding
+        if self.create_wanted and self.ready and not others_turn:
+            self.create_sent, self.create_wanted = self.create_wanted, b""
             assert self.openai is not None
-            self.openai.send_now(self.asking)
+            self.openai.send_now(self.create_sent)
             self.emit("model_asked")
 
-    def no_answer_came(self) -> None:
-        self.answer_comes = False
+    def hold(self, seconds: float) -> None:
+        self.holding = True
+        self.later("hold", seconds, self.go_on)
+
+    def go_on(self) -> None:
+        self.holding = False
         self.ask_if_free()
         self.end_if_heard()
 
     def response_created(self, response_id: str) -> None:
         self.response_id = response_id
-        self.asked, self.asking, self.wanted = self.asking or self.CREATE_RESPONSE, b"", b""
-        self.spoke = self.answer_comes = False
-        self.never_mind("retry")
+        if not self.create_sent and self.wanted_at < self.paused_at:
+            self.create_wanted = b""
+        self.create_answered, self.create_sent = self.create_sent or self.CREATE_RESPONSE, b""
+        self.spoke = self.holding = False
+        self.never_mind("hold")
         if self.caller_speaking:  # it would talk over the caller, whose turn will be answered anyhow
-            self.cut.add(response_id)
+            self.interrupted.add(response_id)
             self.to_openai("response.cancel", response_id=response_id)
 
     def asked_too_late(self) -> None:
         """OpenAI began an answer by itself at that moment: ask again after it; but it takes the greeting's place."""
-        refused, self.asking, self.asked = self.asking or self.asked, b"", self.CREATE_RESPONSE
+        refused = self.create_sent or self.create_answered
+        self.create_sent, self.create_answered = b"", self.CREATE_RESPONSE
         if refused == self.CREATE_RESPONSE:
-            self.wanted = refused
+            self.ask(refused)
 
     def item_done(self, item: Mapping[str, Any]) -> None:
         if item.get("type") == "function_call" and item.get("status") == "completed":
@@ -1253,23 +1273,28 @@ class Call:
         """A response has come to its end: completed, cancelled, failed or incomplete."""
         if response["id"] == self.response_id:
             self.response_id = ""
-        self.cut.discard(response["id"])
+        self.interrupted.discard(response["id"])
+        self.early_text.clear()
         function_calls, self.function_calls = self.function_calls, []
         for item in list(self.items.values()):
             if item.response_id == response["id"]:
                 item.complete = True
                 self.settle(item)
         if response.get("usage"):
-            self.emit("model_used", usage=response["usage"], model=self.bridge.model)
+            self.emit("model_used", usage=response["usage"], model=self.bridge.settings.model)
         details = response.get("status_details") or {}
         match response.get("status"):
             case "completed":
                 self.failures = 0
                 self.forget_turn()
                 if function_calls:
-                    self.start_task(self.use_tools(function_calls))
+                    task = asyncio.create_task(self.use_tools(function_calls))
+                    self.tools.add(task)
+                    task.add_done_callback(self.tools_done)
             case "failed":
                 self.response_failed(details.get("error") or {})
+            case "cancelled":  # turn_detected: by a barge-in; client_cancelled: by us
+                pass
             case "incomplete":  # max_output_tokens or content_filter: what there is of it is played
                 self.emit("model_failed", error=f"an answer is incomplete ({details.get('reason')}): the call goes on")
         self.ask_if_free()
@@ -1284,7 +1309,8 @@ class Call:
         else:
             pause_s = self.RETRY_PAUSES_S[self.failures - 1]
             self.emit("model_failed", error=f"{text}: asking again in {pause_s:g} s")
-            self.later("retry", pause_s, self.ask, self.asked)
+            self.hold(pause_s)
+            self.ask(self.create_answered)
 
     async def use_tools(self, function_calls: list[dict[str, Any]]) -> None:
         """Run what the model called, side by side; then let it speak, once."""
@@ -1292,6 +1318,10 @@ class Call:
         await asyncio.gather(*(self.use_tool(function_call) for function_call in function_calls))
         if not (self.ending and spoke):  # it has said goodbye already
             self.ask(self.CREATE_RESPONSE)
+
+    def tools_done(self, task: asyncio.Task[None]) -> None:
+        self.tools.discard(task)
+        self.end_if_heard()
 
     async def use_tool(self, function_call: Mapping[str, Any]) -> None:
         session_number, began = self.session_number, time.monotonic()
@@ -1345,19 +1375,23 @@ class Call:
         self.loop.call_soon_threadsafe(self.end_when_heard, "transferred", twiml(f"<Dial>{number}</Dial>"), True)
 
     def end_when_heard(self, reason: str, next_twiml: str, can_be_called_off: bool = False) -> None:
-        """Let what is being said be heard to its end, within a limit; then Twilio asks /twilio/next."""
-        if self.ending and not self.ending.can_be_called_off:
-            return
-        self.ending = Ending(reason, next_twiml, can_be_called_off)
-        queued_s = (self.sent - self.heard()) / 8000
-        limit_s = min(queued_s, self.MAX_GOODBYE_S) + self.GOODBYE_SLACK_S
-        self.later("goodbye", limit_s, self.end, reason, next_twiml)
+        """Let what is being said be heard to its end, within a limit; then Twilio asks /twilio/next.
+
+        A limit or a loss that meets a hang_up or transfer leaves it as it is, but it can no longer be called off.
+        """
+        if self.ending is None or (self.ending.can_be_called_off and can_be_called_off):
+            self.ending = Ending(reason, next_twiml, can_be_called_off)
+            queued_s = (self.sent - self.heard()) / 8000
+            limit_s = min(queued_s, self.MAX_GOODBYE_S) + self.GOODBYE_SLACK_S
+            self.later("goodbye", limit_s, self.end, reason, next_twiml)
+        elif not can_be_called_off:
+            self.ending.can_be_called_off = False
         self.end_if_heard()
 
     @property
     def busy(self) -> bool:
         """The model is being heard, or is about to speak, or a tool runs."""
-        more_comes = self.response_id or self.asking or self.wanted or self.answer_comes or self.tasks
+        more_comes = self.response_id or self.create_sent or self.create_wanted or self.holding or self.tools
         return bool(self.marks or self.early_speech or (more_comes and not self.given_up))
 
     def end_if_heard(self) -> None:
@@ -1369,7 +1403,7 @@ class Call:
         if self.over.done():
             return
         if next_twiml:
-            self.bridge.answer_next(self.sid, next_twiml)
+            self.bridge.set_next(self.sid, next_twiml)
         self.over.set_result(reason)
 
 
@@ -1384,7 +1418,7 @@ class Call:
 #
 # What a slow reader leaves unread stands in the transport's buffer, whose size is checked at each write.
 
-MAX_UNSENT = {"twilio": 2 << 20, "openai": 512 << 10}  # bytes: 3 minutes of the model's speech, 45 s of the caller's
+MAX_UNSENT = 2 << 20  # bytes: 3 minutes of the model's speech, or of the caller's
 
 
 class Leg(Connection):
@@ -1398,7 +1432,7 @@ class Leg(Connection):
         self.deliver: Callable[[bytes], object] | None = None
         self.early: list[bytes] = []  # messages from the instant between handshake and handler
         self.parts: list[bytes] = []  # of a message that comes in several frames; max_size bounds their sum
-        self.cutting = False  # the bytes come to us first
+        self.cutting = False  # from the end of the handshake on, as long as nothing odd comes
         self.cut_off = b""  # the beginning of a frame whose end has not come
         self.masks = b""  # random bytes, 4 for each frame that we mask; drawn 1024 at a time
         self.stalled = False  # the peer has stopped reading, and MAX_UNSENT was reached
@@ -1408,12 +1442,12 @@ class Leg(Connection):
         self.deliver = act
         early, self.early = self.early, []
         for message in early:
-            act(message)
-        # Unless websockets is in the middle of a frame: between two, its parser waits in `at_eof`.
-        step: Any = self.protocol.parser
-        while step.gi_yieldfrom is not None:
-            step = step.gi_yieldfrom
-        self.cutting = step.gi_code.co_name == "at_eof"
+            self.handle(message)
+        if self.cut_off:
+            self.data_received(b"")
+
+    def ignore(self) -> None:
+        self.deliver = lambda message: None
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come: deliver the whole text messages in them."""
@@ -1428,14 +1462,14 @@ class Leg(Connection):
             if masked := data[at + 1] & 128:
                 text_at += 4
             stop = text_at + length
-            if length == 127 or (masked == 0) is not self.masks_ours or self.state is not State.OPEN:
+            if length == 127 or (masked == 0) is not self.masks_ours or self.state >= State.CLOSING:
                 self.cutting = False  # a long frame, a wrong one, or the end: from here on the plain way
             elif stop > end:
                 break
             else:
                 if head == 0x81:
                     text = data[text_at:stop]
-                    self.take(apply_mask(text, data[text_at - 4 : text_at]) if masked else text)
+                    self.handle(apply_mask(text, data[text_at - 4 : text_at]) if masked else text)
                 else:
                     super().data_received(data[at:stop])
                 at = stop
@@ -1452,16 +1486,19 @@ class Leg(Connection):
         self.parts.append(bytes(event.data))
         if event.fin:
             message, self.parts = b"".join(self.parts), []
-            self.take(message)
+            self.handle(message)
 
-    def take(self, message: bytes) -> None:
+    def handle(self, message: bytes) -> None:
         if self.deliver is None:
             self.early.append(message)
             return
         try:
             self.deliver(message)
         except Exception:  # the message is not what the protocol says, or we are wrong: the call goes on without it
-            log.exception("a message of %s could not be handled: %.300r", self.side, message)
+            kind = re.search(rb'"(event|type)":\s*"[\w.]+"', message)  # no more of it: it may hold a number, or a token
+            log.exception(
+                "a message of %s could not be handled: %d bytes, %r", self.side, len(message), kind and kind[0]
+            )
 
     def send_now(self, *messages: bytes) -> None:
         """Send text frames, for both sides refuse binary ones: `await self.send(message)` without its wait."""
@@ -1483,9 +1520,9 @@ class Leg(Connection):
             else:
                 frames += (b"\x81", size, message)
         self.transport.write(b"".join(frames))
-        if self.transport.get_write_buffer_size() > MAX_UNSENT[self.side]:
+        if self.transport.get_write_buffer_size() > MAX_UNSENT:
             self.stalled = True
-            log.error("%s has stopped reading: %d bytes unsent; its side is ended", self.side, MAX_UNSENT[self.side])
+            log.error("%s has stopped reading: %d bytes unsent; its side is ended", self.side, MAX_UNSENT)
             self.transport.abort()
 
     async def close_soon(self, code: int = 1000) -> None:
@@ -1497,31 +1534,47 @@ class Leg(Connection):
             self.transport.abort()
 
 
+HEAD_LIMIT = 16 << 10  # bytes of a handshake's or request's head
+
+
 class OpenAILeg(Leg, ClientConnection):
     side = "openai"
     masks_ours = True
+    head: bytes | None = b""  # of OpenAI's answer to our handshake, until it is complete
+
+    def data_received(self, data: bytes) -> None:
+        if self.head is None:
+            super().data_received(data)
+            return
+        self.head += data
+        head, blank_line, rest = self.head.partition(b"\r\n\r\n")
+        if blank_line or len(head) > HEAD_LIMIT:
+            self.head = None
+            super().data_received(head + blank_line)
+            self.cutting = self.state is State.OPEN  # or it is a refusal, whose rest is text for websockets
+            super().data_received(rest)
 
 
 FORM_LIMIT = 64 << 10  # bytes of a webhook's body; Twilio's are about 1 KB
 FORM_TIMEOUT_S = 5.0  # a body that has not come by then is answered 408
-HEAD_LIMIT = 16 << 10  # bytes; beyond it the answer is 431
-# A stranger chooses the line: the pattern must not have two ways to match it, for trying all of them takes for ever.
+# A stranger chooses the line: if the pattern could match it in several ways, trying them all would take for ever.
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 
 
 class TwilioLeg(Leg, ServerConnection):
     """Twilio's side: a webhook's POST, or the media stream.
 
-    websockets parses requests without a body only, and a webhook's POST always has one. So the bytes of a request are
-    kept until its head is complete; a body is taken off; websockets gets the head without the headers that announce it.
+    websockets parses only requests without a body, and a webhook's POST always has one. So the bytes of a request are
+    kept until its head and body are complete; websockets gets the head without the headers that announce the body.
     `process_request` then finds the body in `form_body`, or a status to refuse with in `refusal`.
     """
 
     side = "twilio"
-    unread: bytes | None = b""  # the request so far; None once it has been handed on
+    unread: bytes | None = b""  # what has come of the request and was not read; None once it has been handed on
+    head = b""  # of the request, as websockets may see it, once it is complete
+    form_length = 0  # bytes of the body that the head announces
     form_body = b""
     refusal: tuple[int, str] | None = None
-    continued = False  # "100 Continue" has been sent
     deadline: asyncio.TimerHandle | None = None
 
     @property
@@ -1531,20 +1584,28 @@ class TwilioLeg(Leg, ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         if self.unread is None:
-            super().data_received(data)
+            if self.state is not State.CONNECTING:
+                super().data_received(data)
+            elif len(self.cut_off) < HEAD_LIMIT:  # what follows a request waits until that is answered with 101
+                self.cut_off += data
             return
         if self.deadline is None:
             late = 408, "the request did not come to its end"
             self.deadline = self.loop.call_later(FORM_TIMEOUT_S, self.refuse, *late)
         self.unread += data
-        head, blank_line, rest = self.unread.partition(b"\r\n\r\n")
+        if not self.head:
+            self.read_head(*self.unread.partition(b"\r\n\r\n"))
+        if self.head and len(self.unread) >= self.form_length:
+            self.form_body = self.unread[: self.form_length]
+            self.hand_on(self.head, self.unread[self.form_length :])
+
+    def read_head(self, head: bytes, blank_line: bytes, rest: bytes) -> None:
+        """What websockets would drop without a word is refused here; how long the body is, only we know."""
         if len(head) > HEAD_LIMIT:
             self.refuse(431, f"the head of a request may have {HEAD_LIMIT} bytes")
-        elif blank_line:
-            self.read_request(head, rest)
-
-    def read_request(self, head: bytes, rest: bytes) -> None:
-        """The head is complete: hand the request on when its body is, too."""
+            return
+        if not blank_line:
+            return
         request_line, *lines = head.split(b"\r\n")
         headers = [HEADER_LINE.fullmatch(line) for line in lines]
         if not re.fullmatch(rb"[A-Z]+ [!-~]+ HTTP/1\.[01]", request_line) or None in headers:
@@ -1561,23 +1622,22 @@ class TwilioLeg(Leg, ServerConnection):
             self.refuse(400, "Content-Length is not one number")
         elif (length := int(lengths.pop())) > FORM_LIMIT:
             self.refuse(413, f"the body may have {FORM_LIMIT} bytes")
-        elif len(rest) >= length:
-            self.form_body = rest[:length]
+        else:
             kept = [h[0] for h in headers if h and h[1].lower() not in (b"content-length", b"expect")]
-            frames = rest if values(b"upgrade") and not length else b""  # a stream's first; else nothing may follow
-            self.hand_on(b"\r\n".join([request_line, *kept]) + b"\r\n\r\n" + frames)
-        elif not self.continued and values(b"expect") == {b"100-continue"} and request_line.endswith(b"1.1"):
-            self.continued = True
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.head = b"\r\n".join([request_line, *kept, b"", b""])
+            self.form_length, self.unread = length, rest
+            if len(rest) < length and values(b"expect") == {b"100-continue"} and request_line.endswith(b"1.1"):
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def hand_on(self, request: bytes) -> None:
+    def hand_on(self, head: bytes, rest: bytes = b"") -> None:
         self.unread = None
         if self.deadline is not None:
             self.deadline.cancel()
-        super().data_received(request)
+        super().data_received(head)
+        self.cutting, self.cut_off = True, rest
 
     def refuse(self, status: int, why: str) -> None:
-        """websockets could not parse it: it gets another request, which `Bridge.route` refuses."""
+        """websockets could not parse this request: it gets another one, which `Bridge.route` refuses."""
         self.refusal = status, why
         self.hand_on(b"GET / HTTP/1.1\r\n\r\n")
 
@@ -1636,7 +1696,7 @@ def open_line(bridge: Bridge, host: str | None, port: int) -> Any:
         bridge.take_stream,
         host or None,
         port,
-        process_request=bridge.answer,
+        process_request=bridge.answer_request,
         create_connection=TwilioLeg,
         compression=None,  # Twilio never offers it
         max_size=64 << 10,  # bytes; a media message has some 400
@@ -1653,8 +1713,8 @@ def health(bridge: Bridge) -> dict[str, Any]:
         "peak_calls": bridge.peak_calls,
         "max_calls": bridge.settings.max_calls,
         "frames_from_callers": bridge.frames_from_callers,
-        "pieces_to_callers": bridge.pieces_to_callers,  # of at most 200 ms
-        "late_frames": bridge.late_frames,  # that came more than 100 ms after the one before
+        "pieces_to_callers": bridge.pieces_to_callers,
+        "late_frames": bridge.late_frames,
         "dropped_hook_events": bridge.hooks.dropped,
         "loop_delay_p99_ms": round(delays_ms[len(delays_ms) * 99 // 100], 1) if delays_ms else None,
     }
@@ -1690,13 +1750,14 @@ NEXT_S = 2.0  # for Twilio to ask /twilio/next
 
 
 async def drain(bridge: Bridge) -> None:
-    """Let the calls end by themselves, then end them; and answer Twilio's question what comes after."""
+    """Let the calls end by themselves, then end them; and go on answering until Twilio has asked /twilio/next."""
 
     async def wait_for(done: Callable[[], bool], limit_s: float) -> None:
-        for _ in range(int(limit_s * 20)):
+        looks_per_s = 20
+        for _ in range(int(limit_s * looks_per_s)):
             if done():
                 break
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(1 / looks_per_s)
 
     await wait_for(lambda: not bridge.calls, bridge.settings.drain_seconds)
     for call in list(bridge.calls.values()):
@@ -1713,14 +1774,14 @@ async def run(settings: Settings, hooks: Any) -> int:
     port = settings.port
     stop = asyncio.Event()
 
-    def on_signal() -> None:
+    def on_signal(*_: object) -> None:
         if stop.is_set():
             log.warning("second signal: ending at once")
             os._exit(1)
-        stop.set()
+        loop.call_soon_threadsafe(stop.set)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
+        signal.signal(number, on_signal)  # not the loop's own way: Windows has none
     try:
         server = await open_line(bridge, settings.host, settings.port)
     except OSError as fault:
@@ -1734,6 +1795,8 @@ async def run(settings: Settings, hooks: Any) -> int:
             log.info("to talk to it from this computer, open %s in a browser", page)
             if "--open" in sys.argv:
                 webbrowser.open(page)
+        # asyncio sets 256 KiB aside for each TLS connection; 32 KiB are 3 s of speech, and a third of the memory.
+        asyncio.sslproto.SSLProtocol.max_size = 32 << 10
         # What the start has made stays, and nearly all that a call makes dies by its reference count: the garbage
         # collector may look less often, which saves a tenth of the CPU.
         gc.freeze()

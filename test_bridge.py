@@ -713,6 +713,11 @@ def clean(env: dict[str, str]) -> dict[str, str]:
         ("SESSION", "{"),
         ("SESSION", '{"audio":{"input":{"format":{"type":"audio/pcm","rate":24000}}}}'),
         ("SESSION", '{"audio":null}'),
+        ("SESSION", '{"audio":[]}'),
+        ("SESSION", '{"audio":{"input":[1]}}'),
+        ("SESSION", '{"audio":{"output":"loud"}}'),
+        ("OPENAI_API_KEY", "sk-secret…"),
+        ("OPENAI_API_KEY", "sk-secret\nsk-secret"),
         ("PUBLIC_BASE_URL", "http://my-app.fly.dev"),
         ("PUBLIC_BASE_URL", "my-app.fly.dev"),
         ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
@@ -725,7 +730,7 @@ def test_a_wrong_setting_stops_the_start_with_status_2_and_one_line_that_names_i
     done = run_bridge({"OPENAI_API_KEY": "sk-secret", name: value})
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 2 and name in line and "Traceback" not in line and "sk-secret" not in line
-    assert re.search("give|take that out|choose", line), "what to do about it"
+    assert re.search("give|take that out|choose|copy it again", line), "what to do about it"
 
 
 # ── 2 Answer: the webhook, and what comes after the stream ──────────────────────────────────────────────────────
@@ -1307,7 +1312,7 @@ async def test_what_the_model_sends_while_the_call_is_being_closed_begins_nothin
         await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
         await openai.calls_tools(a_function_call("slow"))
         await until(lambda: line.hooks.facts("call_ended"), 2)
-        assert not line.hooks.facts("caller_spoke") and not line.call.tasks
+        assert not line.hooks.facts("caller_spoke") and not line.call.tools
         openai.socket.transport.abort()
 
 
@@ -1373,9 +1378,26 @@ def test_the_model_is_added_to_the_url_unless_that_names_one(url: str, dialled: 
     assert bridge.Bridge(settings, Spy()).openai_url == dialled
 
 
-def test_reasoning_is_set_only_for_models_that_reason() -> None:
-    for model, reasons in {"gpt-realtime": False, "gpt-realtime-1.5": False, "gpt-realtime-2.1-mini": True}.items():
-        assert ("reasoning" in bridge.session_update(bridge.Settings(openai_realtime_model=model), [])) is reasons
+@pytest.mark.parametrize(
+    ("model", "reasons"),
+    [
+        ("gpt-realtime-2", True),
+        ("gpt-realtime-2.1", True),
+        ("gpt-realtime-2.1-mini", True),
+        ("gpt-realtime", False),
+        ("gpt-realtime-mini", False),
+        ("gpt-realtime-1.5", False),
+        ("gpt-realtime-2025-08-28", False),
+    ],
+)
+def test_reasoning_is_set_only_for_models_that_reason_whether_the_url_or_the_setting_names_them(
+    model: str, reasons: bool
+) -> None:
+    named = bridge.Settings(openai_realtime_model=model)
+    in_url = bridge.Settings(openai_realtime_url=f"wss://example.com/v1/realtime?model={model}")
+    for settings in (named, in_url):
+        assert settings.model == model
+        assert ("reasoning" in bridge.session_update(settings, [])) == reasons
 
 
 def test_without_a_transcription_model_the_callers_words_are_not_transcribed() -> None:
@@ -1739,6 +1761,22 @@ async def test_a_turn_that_was_answered_is_not_heard_again_by_the_next_session()
         assert "response.create" not in again.types()
 
 
+async def test_the_words_of_one_turn_do_not_make_the_next_session_miss_the_sound_of_the_turn_after_it() -> None:
+    async with a_call() as (twilio, openai, line):
+        await a_turn(twilio, openai, voice(400, 1))
+        await openai.hears_speech("u2")
+        await twilio.speaks(voice(400, 2))
+        await until(lambda: openai.heard.endswith(voice(400, 2)))
+        await openai.hears_silence("u2")
+        usage = {"type": "duration", "seconds": 1.0}
+        kind = "conversation.item.input_audio_transcription.completed"
+        await openai.sends(kind, item_id="u1", content_index=0, transcript="はい", usage=usage)
+        await until(lambda: line.hooks.facts("caller_said"))
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: again.heard.endswith(voice(400, 2)))
+
+
 async def test_a_turn_that_was_answered_but_never_transcribed_is_not_heard_again_either() -> None:
     async with a_call(transcription_model="") as (twilio, openai, line):
         await a_turn(twilio, openai, voice(400, 1))
@@ -1882,17 +1920,15 @@ async def test_a_jump_of_the_timestamps_is_filled_with_silence() -> None:
         assert openai.heard == voice(100, 1) + b"\xff" * 8 * 1300 + voice(100, 2)
 
 
-async def test_when_twilios_clock_begins_anew_holes_are_still_filled_and_a_long_one_is_cut_to_30_s() -> None:
+async def test_each_hole_is_filled_and_a_long_one_is_cut_to_30_s() -> None:
     async with a_call() as (twilio, openai, _):
         twilio.timestamp_ms = 100_000
-        await twilio.speaks(voice(20, 1))
-        twilio.timestamp_ms = 0
         await twilio.speaks(voice(20, 2))
         twilio.timestamp_ms += 100
         await twilio.speaks(voice(20, 3))
         twilio.timestamp_ms += 45_000
         await twilio.speaks(voice(20, 4))
-        heard = voice(20, 1) + voice(20, 2) + b"\xff" * 800 + voice(20, 3) + b"\xff" * 240_000 + voice(20, 4)
+        heard = voice(20, 2) + b"\xff" * 800 + voice(20, 3) + b"\xff" * 240_000 + voice(20, 4)
         await until(lambda: len(openai.heard) >= len(heard))
         assert openai.heard == heard
 
@@ -2103,6 +2139,19 @@ async def test_an_answer_that_has_not_sounded_yet_is_dropped_and_the_one_before_
         assert before not in dict(openai.truncates())
 
 
+async def test_words_that_come_before_their_sound_belong_to_what_the_model_said() -> None:
+    async with a_call() as (twilio, openai, line):
+        response = await openai.begins()
+        at = {"response_id": response, "item_id": "i", "output_index": 0, "content_index": 0}
+        await openai.sends("response.output_audio_transcript.delta", **at, delta="こんにちは、")
+        await openai.speaks(voice(1000), "i")
+        await openai.sends("response.output_audio_transcript.delta", **at, delta="鈴木です")
+        await until(lambda: len(twilio.heard_so_far()) > 800)
+        await openai.hears_speech()
+        await until(lambda: line.hooks.facts("model_said"))
+        assert line.hooks.facts("model_said")[0]["text"] == "こんにちは、鈴木です"
+
+
 async def test_the_next_answer_plays_from_its_first_byte_and_is_measured_from_there() -> None:
     async with a_call() as (twilio, openai, _):
         await openai.says(voice(2000, 1))
@@ -2203,7 +2252,19 @@ async def test_what_a_hook_tells_the_model_is_answered_once_the_answer_in_progre
         await openai.gets("response.create")
 
 
-async def test_what_a_hook_tells_right_after_the_callers_turn_is_left_to_the_answer_to_that_turn() -> None:
+async def test_what_a_hook_tells_before_the_callers_turn_ends_is_left_to_the_answer_to_that_turn() -> None:
+    async with a_call() as (_, openai, line):
+        item = await openai.hears_speech()
+        await openai.caught_up()
+        line.call.tell_model("何か")
+        await openai.gets("conversation.item.create")
+        await openai.hears_silence(item)
+        await openai.says(voice(20))
+        await asyncio.sleep(1.1)
+        assert openai.creates == 0, "that answer has seen it"
+
+
+async def test_what_a_hook_tells_right_after_the_callers_turn_is_answered_after_the_answer_to_that_turn() -> None:
     async with a_call() as (_, openai, line):
         item = await openai.hears_speech()
         await openai.hears_silence(item)
@@ -2211,20 +2272,23 @@ async def test_what_a_hook_tells_right_after_the_callers_turn_is_left_to_the_ans
         line.call.tell_model("何か")
         await openai.gets("conversation.item.create")
         await openai.caught_up()
-        assert line.call.busy and openai.creates == 0
+        assert line.call.busy and openai.creates == 0, (
+            "OpenAI is about to begin an answer: an ask would collide with it"
+        )
         await openai.says(voice(20))
-        await asyncio.sleep(1.1)
-        assert openai.creates == 0, "that answer has seen it"
+        await openai.gets("response.create")
 
 
-async def test_two_texts_that_hooks_tell_at_once_are_answered_once() -> None:
+async def test_a_text_that_a_hook_tells_after_an_answer_was_asked_for_is_answered_by_one_more() -> None:
     async with a_call() as (_, openai, line):
-        for text in ("一", "二"):
+        for text in ("一", "二", "三"):
             line.call.tell_model(text)
         await until(lambda: openai.creates)
         await openai.says(voice(20))
+        await until(lambda: openai.creates == 2)
+        await openai.says(voice(20))
         await openai.caught_up()
-        assert openai.creates == 1
+        assert openai.creates == 2
 
 
 async def test_what_a_hook_tells_as_openai_begins_an_answer_by_itself_is_answered_after_that_one() -> None:
@@ -2470,6 +2534,21 @@ async def test_a_failed_answer_that_the_caller_overtakes_is_not_asked_for_again(
         assert openai.creates == 0
 
 
+async def test_hanging_up_waits_for_an_answer_that_failed_and_is_to_be_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.2, 0.2))
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.fails()
+        await openai.caught_up()
+        line.call.hang_up()
+        await openai.gets("response.create")
+        await openai.says(voice(100))
+        await twilio.next()
+        assert twilio.heard_so_far() == voice(100)
+
+
 async def test_a_quota_that_is_used_up_in_the_middle_of_a_call_ends_in_an_apology() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.begins()
@@ -2606,6 +2685,55 @@ async def test_a_transfer_that_overtakes_a_hanging_up_is_a_transfer(monkeypatch:
         await asyncio.sleep(0.1)
         line.call.transfer("+81312345678")
         assert "<Dial>" in await twilio.next()
+
+
+async def test_a_model_that_is_lost_after_the_time_is_up_does_not_hold_the_end_up() -> None:
+    async with a_call(max_call_seconds=0.3) as (twilio, openai, line):
+        await openai.begins()
+        await until(lambda: line.call.ending)
+        await openai.socket.close(4004)
+        assert "<Say" in await asyncio.wait_for(twilio.next(), 2)
+        assert line.hooks.facts("call_ended") == [{"reason": "time limit"}]
+
+
+@pytest.mark.parametrize("what_happens", ["the model is lost", "the time is up", "the bridge is stopped"])
+async def test_a_caller_who_is_being_transferred_is_transferred_whatever_happens_while_the_last_words_play(
+    what_happens: str,
+) -> None:
+    async with a_call(max_call_seconds=0.3 if what_happens == "the time is up" else 60) as (twilio, openai, line):
+        await openai.says(voice(600))
+        await openai.caught_up()
+        line.call.transfer("+81312345678")
+        await until(lambda: line.call.ending)
+        if what_happens == "the model is lost":
+            await openai.socket.close(4004)
+        elif what_happens == "the bridge is stopped":
+            line.call.end_when_heard("shutdown", bridge.say_and_hang_up(bridge.RESTARTING))
+        else:
+            await until(lambda: not line.call.ending.can_be_called_off)
+        await openai.hears_speech()  # which can call it off no longer
+        assert "<Dial>" in await twilio.next()
+        assert line.hooks.facts("call_ended") == [{"reason": "transferred"}]
+
+
+async def test_a_goodbye_that_was_heard_is_not_followed_by_an_apology_for_a_model_that_is_lost_then() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.says(voice(300))
+        await openai.caught_up()
+        line.call.hang_up()
+        await until(lambda: line.call.ending)
+        await openai.socket.close(4004)
+        assert "<Say" not in await twilio.next()
+
+
+async def test_hanging_up_a_call_that_is_over_does_nothing() -> None:
+    async with a_call() as (twilio, _, line):
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.facts("call_ended"))
+        before = dict(line.call.timers)
+        line.call.hang_up()
+        await asyncio.sleep(0.01)
+        assert line.call.timers == before and line.hooks.facts("call_ended") == [{"reason": "caller hung up"}]
 
 
 async def test_a_call_ends_politely_after_max_call_seconds() -> None:
@@ -2760,18 +2888,19 @@ async def test_a_frame_that_breaks_the_rules_closes_its_own_call_and_no_other(fr
         await until(lambda: twilio.heard_so_far() == voice(60))
 
 
-async def test_a_message_that_is_not_as_documented_is_logged_and_the_call_goes_on(
+async def test_a_message_that_is_not_as_documented_is_logged_without_what_it_holds_and_the_call_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with a_call() as (twilio, openai, _):
         await twilio.socket.send("not json")
         await twilio.sends({"event": "media", "media": {"timestamp": "0", "payload": '"},{"type":"session.close"'}})
         await twilio.sends({"event": "a new one"})
-        await openai.sends("response.output_audio.delta")
+        await openai.sends("response.output_audio.delta", delta="秘密", token="12345", caller=CALLER)
         await openai.sends("a.new.one")
         await openai.says(voice(100))
         await until(lambda: twilio.heard_so_far() == voice(100))
-    assert caplog.text.count("could not be handled") == 3
+    assert caplog.text.count("could not be handled") == 3 and "response.output_audio.delta" in caplog.text
+    assert not re.search(f"秘密|12345|{CALLER[1:]}", caplog.text)
 
 
 async def test_invalid_utf8_and_bottomless_json_are_logged_and_the_call_goes_on(
@@ -2803,7 +2932,7 @@ async def test_a_caller_who_stops_reading_is_bounded_in_memory_and_ended(caplog:
 async def test_a_model_that_stops_reading_is_bounded_in_memory_and_dialled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(bridge.MAX_UNSENT, "openai", 50_000)
+    monkeypatch.setattr(bridge, "MAX_UNSENT", 50_000)
     async with a_call() as (twilio, openai, line):
         openai.socket.transport.pause_reading()
         speaking = asyncio.create_task(twilio.speaks(voice(600_000), 1000))
@@ -2816,6 +2945,11 @@ async def test_a_model_that_stops_reading_is_bounded_in_memory_and_dialled_again
 # ── 10 The wire: requests ───────────────────────────────────────────────────────────────────────────────────────
 
 HOST = b"Host: localhost\r\n"
+UPGRADE = b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+STREAM_KEY = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+STRANGERS_STREAM = (
+    b"GET /twilio/stream HTTP/1.1\r\nOrigin: http://a.example\r\n" + HOST + UPGRADE + STREAM_KEY + b"\r\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -2839,9 +2973,12 @@ HOST = b"Host: localhost\r\n"
         (form_request(b"a=b", path="/nowhere"), 404),
         (form_request(b"body", method="GET", path="/health"), 200),
         (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"\r\n", 426),
-        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
+        (b"GET /twilio/stream HTTP/1.1\r\n" + HOST + UPGRADE + b"\r\n", 400),
         (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"y" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + HOST + b"X: y\r\n" * 200 + b"\r\n", 431),
         (b"GET /" + b"y" * 9_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 414),
+        (b"PUT /twilio/voice HTTP/1.1\r\n" + HOST + b"Upgrade: websocket\r\n\r\nCallSid=CA9", 405),
+        (STRANGERS_STREAM + b"what is this", 403),
     ],
 )
 async def test_every_request_gets_an_http_answer(request_bytes: bytes, status: int) -> None:
@@ -2886,6 +3023,25 @@ async def test_what_follows_a_form_is_not_a_part_of_it_and_100_continue_is_said_
             line.port, request[: -len(FORM)], *(FORM[i : i + 1] for i in range(len(FORM))), pause_s=0.001
         )
         assert answer.count(b"100 Continue") == 1 and b"200 OK" in answer
+
+
+async def test_a_head_is_read_once_into_however_many_pieces_its_body_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[bytes] = []
+
+    class Counted:
+        def fullmatch(self, line: bytes) -> Any:
+            reads.append(line)
+            return bridge_line.fullmatch(line)
+
+    bridge_line = bridge.HEADER_LINE
+    monkeypatch.setattr(bridge, "HEADER_LINE", Counted())
+    async with a_line() as line:
+        request = form_request(b"CallSid=CA1&From=" + b"y" * 100)
+        head, blank_line, body = request.partition(b"\r\n\r\n")
+        answer = await raw(
+            line.port, head + blank_line, *(body[n : n + 10] for n in range(0, len(body), 10)), pause_s=0.01
+        )
+        assert parse_http(answer)[0] == 200 and len(reads) == head.count(b"\r\n")
 
 
 async def test_a_request_that_does_not_come_to_its_end_in_5_s_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
