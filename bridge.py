@@ -482,11 +482,12 @@ class Bridge:
             return False
         if not hmac.compare_digest(self.token(sid, int(expiry[1])).encode(), token.encode()):
             return False  # which also refuses another spelling of the expiry: it would be a second use
-        keep(self.used_tokens, token, None)
+        keep_latest(self.used_tokens, token, None)
         return True
 
     def begin(self, sid: str, caller: str, called: str) -> Call:
         call = self.calls[sid] = Call(self, sid, caller, called)
+        call.later("unclaimed", call.UNCLAIMED_S, call.end, "no stream came")  # until `open_stream`
         call.life = asyncio.create_task(call.live())
         return call
 
@@ -536,12 +537,12 @@ class Bridge:
 
     def set_next(self, sid: str, next_twiml: str) -> None:
         """The bridge ends this call: Twilio will ask what comes next (see `after_call`)."""
-        keep(self.next_twiml, sid, next_twiml)
+        keep_latest(self.next_twiml, sid, next_twiml)
         if self.draining:  # else nobody waits for it
             self.not_yet_asked.add(sid)
 
 
-def keep(memory: dict[str, Any], key: str, value: Any) -> None:
+def keep_latest(memory: dict[str, Any], key: str, value: Any) -> None:
     """Remember the latest ones only."""
     memory[key] = value
     if len(memory) > REMEMBERED:
@@ -596,6 +597,8 @@ class Ending:
 
 class Call:
     """One call: what Twilio has, and what OpenAI has. Begun at the webhook, or at a `start` on another machine."""
+
+    UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
 
     def __init__(self, bridge: Bridge, sid: str, caller: str, called: str) -> None:
         self.bridge = bridge
@@ -674,12 +677,9 @@ class Call:
     def log(self, level: int, text: str, *values: Any) -> None:
         log.log(level, "%s " + text, self.sid, *values)
 
-    UNCLAIMED_S = 10.0  # a model that was dialled at the webhook and that no stream came for is hung up
-
     async def live(self) -> None:
         """The call from the webhook to the last close. When one side ends, or `end` is called, the other is closed."""
         self.dialling = asyncio.create_task(self.keep_session())
-        self.later("unclaimed", self.UNCLAIMED_S, self.end, "no stream came")
         limit_s, goodbye = self.bridge.settings.max_call_seconds, say_and_hang_up(TIME_IS_UP)
         self.later("limit", limit_s, self.end_when_heard, "time limit", goodbye)
         try:

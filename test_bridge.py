@@ -839,7 +839,7 @@ def test_only_the_latest_ended_calls_and_used_tokens_are_remembered(monkeypatch:
     monkeypatch.setattr(bridge, "REMEMBERED", 2)
     memory: dict[str, int] = {}
     for number in range(5):
-        bridge.keep(memory, str(number), number)
+        bridge.keep_latest(memory, str(number), number)
     assert list(memory) == ["3", "4"]
 
 
@@ -1125,12 +1125,16 @@ async def test_a_stream_that_sends_no_start_in_5_s_is_closed_and_nothing_is_dial
 # ── 2 Answer: several machines ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_stream_whose_webhook_went_to_another_machine_is_served_all_the_same() -> None:
+async def test_a_stream_whose_webhook_went_to_another_machine_is_served_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "UNCLAIMED_S", 0.2)
     async with a_line(**SIGNED) as one, a_line(**SIGNED) as other:
         twilio = await one.caller().dials()
         twilio.port = other.port
         await twilio.opens()
         openai = await other.openai.session()
+        await asyncio.sleep(0.3)
         await openai.says(voice(100))
         await until(lambda: twilio.heard_so_far() == voice(100))
         assert (other.hooks.calls[0].caller, other.hooks.calls[0].called) == (CALLER, CALLED)
