@@ -1007,6 +1007,10 @@ class Call:
         self.later("holes", self.frame_at + self.NO_FRAMES_S - self.loop.time(), self.watch_for_holes)
 
     # ── 6 Speak ─────────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # A turn of the caller's: speech_started, speech_stopped, committed; their words come later, as ….completed.
+    # An answer of the model's: response.created; for each of its items words (…transcript.delta) and sound
+    # (…audio.delta), both faster than they are spoken, and output_item.done; at last response.done.
 
     def from_openai(self, message: bytes) -> None:
         """One event of OpenAI's. The many that are not named here need nothing."""
@@ -1029,7 +1033,7 @@ class Call:
                 self.turn_unanswered = True
                 self.turn_ms = self.ears_ms  # needed until its text has come
                 self.emit("caller_paused")
-                self.hold(self.ANSWER_COMES_S)
+                self.hold(self.ANSWER_COMES_S)  # OpenAI begins its answer now
             case "input_audio_buffer.committed":
                 self.turn_item_id = event["item_id"]
                 self.remember(event["item_id"], "user", "")  # its place; the words come later, perhaps after the answer
@@ -1041,8 +1045,8 @@ class Call:
                 if text:
                     self.emit("caller_said", text=text)
                 if event.get("usage"):
-                    asked = self.bridge.wanted_session["audio"]["input"].get("transcription") or {}
-                    self.emit("model_used", usage=event["usage"], model=asked.get("model", ""))
+                    transcription = self.bridge.wanted_session["audio"]["input"].get("transcription") or {}
+                    self.emit("model_used", usage=event["usage"], model=transcription.get("model", ""))
             case "conversation.item.input_audio_transcription.failed":
                 why = (event.get("error") or {}).get("message")
                 self.emit("model_failed", error=f"transcription: {why}: the call goes on")
@@ -1055,7 +1059,7 @@ class Call:
             case "response.output_audio_transcript.delta" | "response.audio_transcript.delta":
                 if item := self.items.get(event["item_id"]):
                     item.text += event["delta"]
-                else:  # text is faster than sound
+                else:  # its sound has not begun
                     self.early_text[event["item_id"]] += event["delta"]
             case "response.output_audio_transcript.done" | "response.audio_transcript.done":
                 if item := self.items.get(event["item_id"]):
@@ -1236,6 +1240,7 @@ class Call:
             self.emit("model_asked")
 
     def hold(self, seconds: float) -> None:
+        """Ask for nothing during this time, unless a response begins within it."""
         self.holding = True
         self.later("hold", seconds, self.go_on)
 
@@ -1256,7 +1261,7 @@ class Call:
             self.to_openai("response.cancel", response_id=response_id)
 
     def asked_too_late(self) -> None:
-        """OpenAI began an answer by itself at that moment: ask again after it; but it takes the greeting's place."""
+        """OpenAI was beginning an answer by itself: it takes a greeting's place; all else is asked for after it."""
         refused = self.create_sent or self.create_answered
         self.create_sent, self.create_answered = b"", self.CREATE_RESPONSE
         if refused == self.CREATE_RESPONSE:
@@ -1412,13 +1417,13 @@ class Call:
 # The plain way to relay is `async for message in one: await other.send(message)`. It costs a task wake-up, a queue, a
 # lock and a frame object for each 20 ms of audio. Here whole text messages are cut out of the bytes as they arrive and
 # handled at once, and frames are written without waiting. Everything else (handshake, ping, close, messages in several
-# frames or over 64 KiB) goes to websockets as it comes, and so does every message until the handler has begun.
+# frames or over 64 KiB) goes to websockets as it comes.
 #
 #   a frame (RFC 6455): 0x81 = final, text │ 0x80 if masked, + length or 126 │ 2 bytes length │ 4 bytes mask │ text
 #
 # What a slow reader leaves unread stands in the transport's buffer, whose size is checked at each write.
 
-MAX_UNSENT = 2 << 20  # bytes: 3 minutes of the model's speech, or of the caller's
+MAX_UNSENT = 2 << 20  # bytes: some 3 minutes of speech
 
 
 class Leg(Connection):
@@ -1496,9 +1501,7 @@ class Leg(Connection):
             self.deliver(message)
         except Exception:  # the message is not what the protocol says, or we are wrong: the call goes on without it
             kind = re.search(rb'"(event|type)":\s*"[\w.]+"', message)  # no more of it: it may hold a number, or a token
-            log.exception(
-                "a message of %s could not be handled: %d bytes, %r", self.side, len(message), kind and kind[0]
-            )
+            log.exception("a message of %s could not be handled: %d bytes, %s", self.side, len(message), kind)
 
     def send_now(self, *messages: bytes) -> None:
         """Send text frames, for both sides refuse binary ones: `await self.send(message)` without its wait."""
