@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import statistics
@@ -3330,6 +3331,24 @@ def test_an_argument_that_is_not_known_is_said_in_one_line() -> None:
     assert done.returncode == 2 and "--port=9000" in done.stderr and "environment" in done.stderr.splitlines()[-1]
 
 
+def test_open_opens_the_browser_phone(tmp_path: Path) -> None:
+    browser, opened, port = tmp_path / "browser", tmp_path / "opened", free_port()
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
+    browser.chmod(0o755)
+    with subprocess.Popen(
+        [sys.executable, "bridge.py", "--open"],
+        cwd=HERE,
+        env=clean({"PORT": str(port), "BROWSER": f"{browser} %s"}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 10
+        while not (opened.exists() and opened.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert opened.read_text() == f"http://localhost:{port}/\n" and process.wait(10) == 0
+
+
 async def test_health_shows_how_busy_the_process_is(tmp_path: Path) -> None:
     async with a_process(tmp_path / "log") as bridge_process:
         twilio = await bridge_process.caller().calls()
@@ -3464,6 +3483,40 @@ def shipped(folder: Path) -> list[str]:
     listed = subprocess.run(["git", "ls-files", "."], cwd=folder, capture_output=True, text=True)
     names = listed.stdout.splitlines() or [path.name for path in folder.iterdir()]
     return sorted({name.split("/")[0] for name in names})
+
+
+def understood(command: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The program that a command in the README names takes its arguments and settings, in whatever test it is run."""
+    words = shlex.split(command)
+    match [".venv/bin/python", "test_bridge.py", *words] if command.startswith("--") else words:
+        case [".venv/bin/python", "test_bridge.py", *arguments]:
+            monkeypatch.setattr(sys, "argv", ["test_bridge.py", *(arguments or ["--calls", "1"])])
+            return main() == 0
+        case [".venv/bin/python", "bridge.py", *arguments] | ["python", "bridge.py", *arguments]:
+            return arguments in ([], ["--open"])
+        case ["uv", "run", "bridge.py"]:
+            return "uv run bridge.py" in (HERE / ".ci" / "run").read_text()
+        case ["ngrok", "http", port] | ["cloudflared", "tunnel", "--url", port]:
+            return port.endswith(str(bridge.Settings().port))
+        case ["export", *assignments] | ["fly", "secrets", "set", *assignments]:
+            return bool(bridge.read_settings(dict(word.split("=", 1) for word in assignments)))
+        case ["fly", *rest]:
+            return rest in (["launch", "--no-deploy"], ["secrets", "set"], ["deploy"], ["logs"])
+        case [assignment] if re.match("[A-Z_]+=", assignment):
+            return "…" in assignment or bool(bridge.read_settings(dict([assignment.split("=", 1)])))
+    return False
+
+
+def test_each_command_in_the_readme_is_one_that_its_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "run", lambda *arguments: asyncio.sleep(0, 0))
+    monkeypatch.setenv("TWILIO_AUTH_TOKEN", "12345")
+    readme, ci = (HERE / "README.md").read_text(), (HERE / ".ci" / "run").read_text()
+    marks = re.findall(r"<!-- (\w+) command -->\n```sh\n", readme)
+    assert len(marks) == readme.count("```sh") and all(f"$(command {mark})" in ci for mark in marks)
+    programs = r"(?:\S*python|uv|fly|ngrok|cloudflared|export|--calls|--url) "
+    commands = re.findall(rf"`((?:{programs}|[A-Z_]+=)[^`\n]*)`", readme)
+    assert len(commands) > 15
+    assert [command for command in commands if not understood(command.replace("sk-…", "sk-1"), monkeypatch)] == []
 
 
 def test_the_readme_has_a_line_on_each_hook_file() -> None:
