@@ -1772,7 +1772,8 @@ async def drain(bridge: Bridge) -> None:
 async def run(settings: Settings, hooks: Any) -> int:
     loop = asyncio.get_running_loop()
     if without_openai(settings):
-        settings = replace(settings, openai_realtime_url=await hooks.stand_in())
+        url = await hooks.stand_in()
+        settings = replace(settings, openai_realtime_url=url, openai_realtime_model="stand-in")  # which costs nothing
     bridge = Bridge(settings, hooks)
     port = settings.port
     stop = asyncio.Event()
