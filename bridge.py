@@ -37,6 +37,7 @@ from __future__ import annotations
 import asyncio
 import asyncio.sslproto
 import base64
+import errno
 import functools
 import gc
 import hmac
@@ -92,9 +93,9 @@ class Settings:
     openai_realtime_url: str = "wss://api.openai.com/v1/realtime"  # or any server of the same protocol
     openai_realtime_model: str = "gpt-realtime-2.1"  # added to the URL's query unless that names one
     instructions: str = (
-        "あなたは電話に出るAIアシスタントの鈴木です。いつも日本語で、電話で話すように、短い文で一度に一つか二つだけ話します。"
-        "箇条書きや記号は使いません。事実、数字、出典を決して作らず、使える道具があれば調べ、"
-        "調べられないことは「わかりません」と正直に言います。聞き取れなければ聞き返します。"
+        "あなたは電話に出るAIアシスタントの鈴木です。いつも日本語の話し言葉で、一度に話すのは短い文を一つか二つまでにします。"
+        "箇条書きや記号は使いません。事実や数字、出典を決して作り上げません。使えるツールがあれば調べ、"
+        "調べてもわからないことは「わかりません」と正直に言います。聞き取れなければ聞き返します。"
     )
     greeting: str = "こんにちは、AIアシスタントの鈴木です。どうぞお話しください。"  # empty: the caller speaks first
     voice: str = "marin"  # marin and cedar are the ones that OpenAI recommends
@@ -249,18 +250,21 @@ ROUTES = {  # path -> methods
 FORWARDING = re.compile(r"forwarded|via|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip", re.IGNORECASE)
 
 # What Twilio itself says to a caller whom the model cannot talk to.
-BUSY = "ただいま電話が込み合っております。恐れ入りますが、しばらくしてからおかけ直しください。"
-RESTARTING = "ただいまシステムを入れ替えております。恐れ入りますが、もう一度おかけ直しください。"
-APOLOGY = "申し訳ございません。システムの都合により、お話を続けることができません。恐れ入りますが、おかけ直しください。"
-TIME_IS_UP = "お話の途中ですが、お時間となりました。お電話ありがとうございました。"
+BUSY = "ただいま電話が混み合っております。恐れ入りますが、しばらくしてからおかけ直しください。"
+RESTARTING = "ただいまシステムの更新を行っております。恐れ入りますが、しばらくしてからおかけ直しください。"
+APOLOGY = (
+    "申し訳ございません。システムの不具合でお話しすることができません。恐れ入りますが、のちほどおかけ直しください。"
+)
+TIME_IS_UP = "お話の途中で恐れ入りますが、お時間となりましたので、これで失礼いたします。お電話ありがとうございました。"
+TRANSFER_IS_OVER = "通話が終了しました。おつなぎできなかった場合は、恐れ入りますが、のちほどおかけ直しください。"
 
 
 def twiml(*verbs: str) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?><Response>{"".join(verbs)}</Response>'
 
 
-def say_and_hang_up(text: str) -> str:
-    return twiml(f'<Say language="ja-JP">{escape(text)}</Say>', "<Hangup/>")
+def say_and_hang_up(text: str, first: str = "") -> str:
+    return twiml(first, f'<Say language="ja-JP">{escape(text)}</Say>', "<Hangup/>")
 
 
 HANG_UP = twiml("<Hangup/>")
@@ -409,7 +413,7 @@ class Bridge:
             return "PUBLIC_BASE_URL is not set: set it to the https address that Twilio calls"
         signature = header(request, "X-Twilio-Signature")
         if not signature:
-            return "it has no X-Twilio-Signature: Twilio signs what it sends, others may not call"
+            return "it has no X-Twilio-Signature, and while TWILIO_AUTH_TOKEN is set, only Twilio may call"
         algorithm = get_signature_algorithm(header(request, "X-Twilio-Webhooks-Signature-Settings"))
         if not re.fullmatch("HMAC_SHA(1|256)", algorithm):
             return f"it is signed with {algorithm[:40]!r}, which is not known here: update the twilio package"
@@ -1377,7 +1381,8 @@ class Call:
         """Connect the caller with another telephone, like hang_up; ValueError for what is none. From any thread."""
         if not re.fullmatch(r"\+[1-9]\d{6,14}", number):
             raise ValueError(f"{number!r} is not a telephone number: give one such as +81312345678 (E.164)")
-        self.loop.call_soon_threadsafe(self.end_when_heard, "transferred", twiml(f"<Dial>{number}</Dial>"), True)
+        after = say_and_hang_up(TRANSFER_IS_OVER, f"<Dial>{number}</Dial>")
+        self.loop.call_soon_threadsafe(self.end_when_heard, "transferred", after, True)
 
     def end_when_heard(self, reason: str, next_twiml: str, can_be_called_off: bool = False) -> None:
         """Let what is being said be heard to its end, within a limit; then Twilio asks /twilio/next.
@@ -1780,7 +1785,7 @@ async def run(settings: Settings, hooks: Any) -> int:
 
     def on_signal(*_: object) -> None:
         if stop.is_set():
-            log.warning("second signal: ending at once")
+            print("bridge.py: second signal: ending at once", file=sys.stderr, flush=True)
             os._exit(1)
         loop.call_soon_threadsafe(stop.set)
 
@@ -1788,9 +1793,12 @@ async def run(settings: Settings, hooks: Any) -> int:
         signal.signal(number, on_signal)  # not the loop's own way: Windows has none
     try:
         server = await open_line(bridge, settings.host, settings.port)
-    except OSError as fault:
-        mend = "Set PORT to a free one" + (", and HOST to an address of this computer" if settings.host else "")
-        print(f"bridge.py: cannot listen at {settings.host}:{port}: {fault.strerror}. {mend}", file=sys.stderr)
+    except (OSError, UnicodeError) as fault:
+        if getattr(fault, "errno", 0) == errno.EADDRINUSE:
+            wrong = f"PORT {port} is taken: set PORT to a free one"
+        else:
+            wrong = f"cannot listen at HOST {settings.host!r}, PORT {port} ({fault}): give an address of this computer"
+        print(f"bridge.py: {wrong}", file=sys.stderr)
         return 1
     async with server:
         log.info("listening on port %d; Twilio's webhook is POST %s/twilio/voice", port, settings.public_base_url)
@@ -1799,6 +1807,8 @@ async def run(settings: Settings, hooks: Any) -> int:
             log.info("to talk to it from this computer, open %s in a browser", page)
             if "--open" in sys.argv:
                 webbrowser.open(page)
+        elif "--open" in sys.argv:
+            log.warning("--open: the browser phone needs the hooks folder, and TWILIO_AUTH_TOKEN unset")
         # asyncio sets 256 KiB aside for each TLS connection; 32 KiB are 3 s of speech, and a third of the memory.
         asyncio.sslproto.SSLProtocol.max_size = 32 << 10
         # What the start has made stays, and nearly all that a call makes dies by its reference count: the garbage
@@ -1808,8 +1818,13 @@ async def run(settings: Settings, hooks: Any) -> int:
         background = [loop.create_task(measure_loop_delay(bridge)), loop.create_task(batch_reads(bridge))]
         await stop.wait()
         bridge.draining = True
-        patience_s = settings.drain_seconds
-        log.info("stopping: %d calls go on for up to %g s, new ones are refused", len(bridge.calls), patience_s)
+        if bridge.calls:
+            text = (
+                "stopping: no new calls; %d in progress may go on for up to %g s. A second signal (Ctrl-C) ends at once"
+            )
+            log.info(text, len(bridge.calls), settings.drain_seconds)
+        else:
+            log.info("stopping")
         await drain(bridge)
         for task in background:
             task.cancel()
@@ -1823,13 +1838,18 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("websockets").setLevel(logging.ERROR)
     try:
+        if "--help" in sys.argv:
+            print(__doc__)
+            return 0
         if unknown := [argument for argument in sys.argv[1:] if argument != "--open"]:
             usage = "give none, or --open for the browser phone; settings are environment variables, see README.md"
             raise ValueError(f"the argument {unknown[0]!r} is not known: {usage}")
         settings = read_settings(os.environ)
         hooks = load_hooks(settings.hooks)
         if without_openai(settings) and hooks.stand_in is None:
-            mend = "set it to a key from https://platform.openai.com/api-keys, or let hooks/offline.py answer"
+            mend = (
+                "set it to a key from https://platform.openai.com/api-keys, or copy the hooks folder (offline.py), too"
+            )
             raise ValueError(f"OPENAI_API_KEY is not set: {mend}")
     except ValueError as fault:
         print(f"bridge.py: {fault}", file=sys.stderr)

@@ -802,7 +802,7 @@ async def test_at_max_calls_a_second_delivery_is_answered_and_a_stream_from_anot
         assert "<Stream" in await known.post("/twilio/voice")
         elsewhere.port = line.port
         await elsewhere.opens()
-        assert "込み合って" in await elsewhere.next()
+        assert "混み合って" in await elsewhere.next()
         assert len(line.bridge.calls) == 1
 
 
@@ -810,11 +810,11 @@ async def test_while_draining_new_callers_are_asked_to_call_again_and_calls_alre
     async with a_line(**SIGNED) as other, a_line(**SIGNED) as line:
         known, elsewhere = await line.caller().dials(), await other.caller().dials()
         line.bridge.draining = True
-        assert "入れ替え" in await line.caller().post("/twilio/voice")
+        assert "システムの更新" in await line.caller().post("/twilio/voice")
         assert "<Stream" in await known.post("/twilio/voice")
         elsewhere.port = line.port
         await elsewhere.opens()
-        assert "入れ替え" in await elsewhere.next() and not line.bridge.not_yet_asked
+        assert "システムの更新" in await elsewhere.next() and not line.bridge.not_yet_asked
         await known.opens()
         await until(lambda: line.hooks.calls, 2)
         assert (await http(line.port, "GET", "/health"))[0] == 503
@@ -2677,7 +2677,8 @@ async def test_a_transfer_dials_the_number_after_the_last_words() -> None:
         with pytest.raises(ValueError, match="E.164"):
             line.call.transfer("</Dial><Play>")
         line.call.transfer("+81312345678")
-        assert "<Response><Dial>+81312345678</Dial></Response>" in await twilio.next()
+        answer = await twilio.next()
+        assert "<Response><Dial>+81312345678</Dial><Say" in answer and "おつなぎできなかった場合" in answer
         assert twilio.heard_so_far() == voice(200)
 
 
@@ -3112,7 +3113,7 @@ async def test_a_drain_lets_calls_go_on_then_ends_them_and_waits_for_twilio_to_a
         assert twilio.heard_so_far() == voice(200)
         await asyncio.sleep(0.1)
         assert not drained.done()
-        assert "入れ替え" in await twilio.next()
+        assert "システムの更新" in await twilio.next()
         await asyncio.wait_for(drained, 1)
 
 
@@ -3315,20 +3316,22 @@ async def test_without_a_key_a_stand_in_on_this_computer_answers(tmp_path: Path)
 def test_a_port_that_is_taken_is_said_in_one_line() -> None:
     with socket.create_server(("", 0)) as taken:
         done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(taken.getsockname()[1]), "HOOKS": ""})
-    assert done.returncode == 1 and "Set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "set PORT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
-def test_host_is_the_address_that_is_listened_at() -> None:
-    somebody_elses = "192.0.2.1"  # RFC 5737: of no computer
-    done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(free_port()), "HOST": somebody_elses, "HOOKS": ""})
-    assert done.returncode == 1 and "HOST to an address of this computer" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("host", ["192.0.2.1", "no..name"])  # the first is nobody's (RFC 5737), the second is no name
+def test_host_is_the_address_that_is_listened_at_and_a_wrong_one_is_said_in_one_line(host: str) -> None:
+    done = run_bridge({"OPENAI_API_KEY": "k", "PORT": str(free_port()), "HOST": host, "HOOKS": ""})
+    assert done.returncode == 1 and f"HOST '{host}'" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
-def test_an_argument_that_is_not_known_is_said_in_one_line() -> None:
-    command = [sys.executable, str(HERE / "bridge.py"), "--port=9000"]
-    done = subprocess.run(command, env=clean({}), capture_output=True, text=True, timeout=20)
+def test_an_argument_that_is_not_known_is_said_in_one_line_and_help_is_what_stands_above_the_code() -> None:
+    command = [sys.executable, str(HERE / "bridge.py")]
+    done = subprocess.run([*command, "--port=9000"], env=clean({}), capture_output=True, text=True, timeout=20)
     assert done.returncode == 2 and "--port=9000" in done.stderr and "environment" in done.stderr.splitlines()[-1]
+    done = subprocess.run([*command, "--help"], env=clean({}), capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and bridge.__doc__ is not None and done.stdout.strip() == bridge.__doc__.strip()
 
 
 def test_open_opens_the_browser_phone(tmp_path: Path) -> None:

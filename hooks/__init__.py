@@ -111,6 +111,8 @@ class Host:
                 file.listen(event, function)
         for event in file.handlers:
             self.handled[event].append(file)
+        if not (file.handlers or tools or pages or hasattr(module, "STAND_IN")):
+            log.warning("hooks/%s.py handles no event: a function is called at the event it is named after", name)
         for function in tools:
             try:
                 schema = tool_schema(function)
@@ -210,8 +212,8 @@ class HookFile:
                 wanted.append(parameter.name)
             elif parameter.default is parameter.empty:
                 nearest = difflib.get_close_matches(parameter.name, EVENTS[event], 1, 0) or list(EVENTS[event])
-                text = "hooks/%s.py: %s has no argument %s: did you mean %s? It is not called"
-                log.error(text, self.name, event, parameter.name, nearest[0])
+                text = "hooks/%s.py: %s has no argument %s: did you mean %s? It has %s. It is not called"
+                log.error(text, self.name, event, parameter.name, nearest[0], ", ".join(EVENTS[event]))
                 return
         self.handlers[event] = (function, tuple(wanted))
 
