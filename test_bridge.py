@@ -3506,7 +3506,8 @@ def understood(command: str, monkeypatch: pytest.MonkeyPatch) -> bool:
         case ["fly", *rest]:
             return rest in (["launch", "--no-deploy"], ["secrets", "set"], ["deploy"], ["logs"])
         case [assignment] if re.match("[A-Z_]+=", assignment):
-            return "…" in assignment or bool(bridge.read_settings(dict([assignment.split("=", 1)])))
+            settings = bridge.read_settings(dict([assignment.split("=", 1)]))
+            return settings.hooks is None or bool(bridge.load_hooks(settings.hooks))
     return False
 
 
