@@ -749,6 +749,7 @@ class Call:
     SESSION_TIMEOUT_S = 8.0  # a caller waits no longer than this for a session; then they hear an apology
     DIAL_PAUSE_S = 0.5  # between attempts
     LOST_AGAIN_S = 10.0  # a session that is lost so soon after another will not last either
+    HISTORY = 200  # texts that a new session is told: some 20 minutes of talk
     FINAL_ERRORS = {"insufficient_quota", "account_deactivated", "billing_hard_limit_reached"}  # of the account
     FINAL_CLOSES = range(3000, 5000)  # 3000 invalid_api_key, 4004 model_not_found …: the application itself refuses
 
@@ -899,6 +900,12 @@ class Call:
             self.openai.ignore()
         self.never_mind("holes")
         self.end_when_heard("model lost", say_and_hang_up(APOLOGY))
+
+    def remember(self, item_id: str, role: str, text: str) -> None:
+        """Who said what, for a session after this one."""
+        if len(self.history) >= self.HISTORY and item_id not in self.history:
+            del self.history[next(iter(self.history))]
+        self.history[item_id] = (role, text)
 
     def to_openai(self, kind: str, **content: Any) -> None:
         if self.openai is not None:
@@ -1076,27 +1083,6 @@ class Call:
             case "error":
                 self.on_error(event["error"])
 
-    def on_error(self, error: Mapping[str, Any]) -> None:
-        """Most errors are recoverable, and the session stays open: the call goes on."""
-        code, names_ask = error.get("code"), error.get("event_id") == self.ASK_ID
-        text = f"{code}: {error.get('message')}"
-        if self.verdict is not None and not self.verdict.done():
-            self.session_refused(error)
-        elif code in self.FINAL_ERRORS:
-            self.give_up(text)
-        elif names_ask and self.create_sent and code != self.ALREADY_ACTIVE:
-            self.create_answered, self.create_sent = self.create_sent, b""
-            self.response_failed(error)
-        else:
-            self.emit("model_failed", error=f"{text}: the call goes on")
-            if code == self.ALREADY_ACTIVE and (names_ask or self.create_sent):
-                self.asked_too_late()
-
-    def remember(self, item_id: str, role: str, text: str) -> None:
-        if len(self.history) >= self.HISTORY and item_id not in self.history:
-            del self.history[next(iter(self.history))]
-        self.history[item_id] = (role, text)
-
     # ── 7 Playback ──────────────────────────────────────────────────────────────────────────────────────────────
     #
     # OpenAI sends an answer several times faster than it is spoken, and Twilio queues it. What the caller has heard is
@@ -1229,7 +1215,6 @@ class Call:
     ALREADY_ACTIVE = "conversation_already_has_active_response"
     ANSWER_COMES_S = 1.0  # within it, usually at once, OpenAI begins its answer to a turn: an ask would collide with it
     RETRY_PAUSES_S = (1.0, 2.0)  # before an answer that failed is asked for again; a rate limit passes in seconds
-    HISTORY = 200  # texts that a new session is told: some 20 minutes of talk
 
     def ask(self, create: bytes) -> None:
         self.create_wanted, self.wanted_at = create, self.loop.time()
@@ -1263,6 +1248,22 @@ class Call:
         if self.caller_speaking:  # it would talk over the caller, whose turn will be answered anyhow
             self.interrupted.add(response_id)
             self.to_openai("response.cancel", response_id=response_id)
+
+    def on_error(self, error: Mapping[str, Any]) -> None:
+        """Most errors are recoverable, and the session stays open: the call goes on."""
+        code, names_ask = error.get("code"), error.get("event_id") == self.ASK_ID
+        text = f"{code}: {error.get('message')}"
+        if self.verdict is not None and not self.verdict.done():
+            self.session_refused(error)
+        elif code in self.FINAL_ERRORS:
+            self.give_up(text)
+        elif names_ask and self.create_sent and code != self.ALREADY_ACTIVE:
+            self.create_answered, self.create_sent = self.create_sent, b""
+            self.response_failed(error)
+        else:
+            self.emit("model_failed", error=f"{text}: the call goes on")
+            if code == self.ALREADY_ACTIVE and (names_ask or self.create_sent):
+                self.asked_too_late()
 
     def asked_too_late(self) -> None:
         """OpenAI was beginning an answer by itself: it takes a greeting's place; all else is asked for after it."""
