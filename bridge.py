@@ -21,6 +21,8 @@
    10 The wire    below all that: bytes to messages and back, one class per side; the webhook's form
    11 Serve       one port, health, signals, the main program
 
+The relay itself is 5 to 7, some 300 lines; 10 may be skipped at a first reading.
+
 Both sides speak G.711 mu-law at 8 kHz in base64 (Twilio: audio/x-mulaw, OpenAI: audio/pcmu), so that audio passes
 through as it came. Nothing in a call's relay waits: each message is handled to its end where it arrives, and what it
 causes is written at once. So no two things inside a call happen at the same time; what is left to think about are
