@@ -29,7 +29,7 @@ log = logging.getLogger("report")
 
 ROW_S = 30.0  # seconds of the call in one row of the time line
 WORDS_WITHIN_S = 3.0  # of the turns that ended so recently, the oldest gets the words that come
-KINDS = dict(caller="発信者 Caller", model="モデル Model", tool="ツール Tool", key="キー Key", fault="障害 Fault")
+KINDS = dict(caller="発信者 Caller", model="モデル Model", tool="ツール Tool", key="キー Key", fault="エラー Fault")
 PAGE = Template(Path(__file__).with_name("_report.html").read_text("utf-8"))
 
 FOLDER = os.environ.get("REPORTS", "").strip()
@@ -101,7 +101,7 @@ if FOLDER:
             if story.waiting_since is not None:
                 wait = f"{at - story.waiting_since:.2f} s"
                 story.entries.append(Entry("wait", story.waiting_since, at, wait))
-                story.answer.remarks = [f"応答まで {wait}"]
+                story.answer.remarks = [f"応答まで Wait: {wait}"]
         story.waiting_since = None
 
     def model_interrupted(call: Any, at: float, heard_ms: int, sent_ms: int) -> None:
@@ -118,8 +118,11 @@ if FOLDER:
             said.end = min(said.begin + heard_ms / 1000, at)
             split = round(len(text) * heard_ms / max(heard_ms, story.sent_ms, 1))  # the nearest that anybody knows
             said.text, said.unheard = text[:split], text[split:]
-            sent = f"{story.sent_ms / 1000:.1f}" if story.sent_ms else "?"  # not told when the caller hangs up
-            said.remarks.append(f"中断 Cut: {heard_ms / 1000:.1f} / {sent} s heard")
+            heard = f"再生 Heard: {heard_ms / 1000:.1f}"
+            if story.sent_ms:
+                said.remarks += ["割り込み Barge-in", f"{heard} / {story.sent_ms / 1000:.1f} s"]
+            else:  # the call has ended meanwhile, and nobody tells how long the answer was
+                said.remarks += ["途中で終了 Cut short", f"{heard} s"]
             story.sent_ms = 0
         story.entries.append(said)
         story.answer, story.said_until = None, at
@@ -213,4 +216,4 @@ def masked(number: str) -> str:
 def dollars(cost: dict[str, Any]) -> str:
     if cost.get("usd") is not None:
         return f"${cost['usd']:.4f}"
-    return f"at least ${cost['known_usd']:.4f}" if "known_usd" in cost else "–"
+    return f"≥ ${cost['known_usd']:.4f}" if "known_usd" in cost else "–"

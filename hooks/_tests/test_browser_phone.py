@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -351,7 +352,7 @@ HANGS_UP = """
 async def test_of_an_answer_that_the_caller_hangs_up_on_nothing_is_struck_out_that_may_have_been_heard() -> None:
     async with telephone(PretendModel(b"")) as address, browser(address) as page:
         await page.value(HANGS_UP)
-        assert await page.text(".turn.model .cut") == "interrupted: 3.00 s of ? s heard"
+        assert await page.text(".turn.model .cut") == "cut short: 3.00 s heard"
         assert await page.value("[...document.querySelectorAll('del')].map(d => d.lastChild.data)") == ["何も。"]
 
 
@@ -437,7 +438,7 @@ async def test_what_the_bridge_tells_stands_on_the_page_as_it_is_and_only_why_a_
         await page.value("HAPPENED.call_ended({}, {reason: 'time limit'})")
         assert await page.text("#log p:last-child") == "The call has ended: its time was up."
         await page.click("#languages button:first-child")
-        assert await page.text("#log p:last-child") == "通話が終わりました(時間切れです)。"
+        assert await page.text("#log p:last-child") == "通話が終了しました（制限時間に達しました）。"
 
 
 @in_a_browser
@@ -591,6 +592,13 @@ async def test_whatever_can_be_pressed_has_a_name_in_both_languages() -> None:
         assert await page.value(
             "(t => Object.keys(t.en).every(k => t.ja[k]) && Object.keys(t.ja).every(k => t.en[k]))(WORDS)"
         )
+
+
+def test_the_japanese_of_the_page_has_full_width_punctuation_and_one_word_for_one_thing() -> None:
+    page = (HOOKS / "_browser_phone.html").read_text("utf-8")
+    texts = re.findall('"(.*?)"', page[page.index("  ja: {") : page.index("let language")])
+    assert len(texts) > 50
+    assert [text for text in texts if re.search("[:;()!?]|ブラウザ(?!ー)|コンピュータ(?!ー)|さえぎ|道具", text)] == []
 
 
 # ── What the bridge tells the page ──────────────────────────────────────────────────────────────────────────────

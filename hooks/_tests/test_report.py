@@ -87,7 +87,19 @@ async def test_a_report_shows_what_a_barge_in_cut_off(hook: LoadHook, tmp_path: 
     assert [across(bar) for bar in page.all("rect", "model")] == [(1, 3)]
     assert [across(bar) for bar in page.all("rect", "unheard")] == [(3, 9)]
     assert len(page.all("rect", "barge-in")) == 1
-    assert "一二\n三四五六七八\n" in page.words and "2.0 / 8.0 s" in page.words
+    assert "一二\n三四五六七八\n" in page.words
+    assert "割り込み Barge-in · 再生 Heard: 2.0 / 8.0 s" in page.words
+
+
+async def test_a_report_calls_only_that_a_barge_in_which_was_one(hook: LoadHook, tmp_path: Path) -> None:
+    page = await report(hook, tmp_path, *said(1, 3, "こんにちは。", 2000))  # the caller hangs up
+    assert "途中で終了 Cut short · 再生 Heard: 2.0 s" in page.words and not page.all("rect", "barge-in")
+
+
+async def test_a_report_says_so_when_a_part_of_the_cost_is_not_known(hook: LoadHook, tmp_path: Path) -> None:
+    call = PretendCall()
+    call.notes["cost"] = {"usd": None, "known_usd": 0.012}
+    assert "≥ $0.0120" in (await report(hook, tmp_path, call=call)).words
 
 
 async def test_a_turn_that_had_no_words_does_not_take_those_of_a_later_one(hook: LoadHook, tmp_path: Path) -> None:
