@@ -417,6 +417,16 @@ async def test_the_browser_phone_speaks_to_the_stream_as_twilio_does() -> None:
     assert rest[-1]["event"] == "stop" and rest[-1]["stop"] == {"accountSid": account_sid, "callSid": call_sid}
 
 
+@in_a_browser
+async def test_without_a_key_the_page_says_what_the_stand_in_cannot_do() -> None:
+    nobody = {"OPENAI_API_KEY": "", "OPENAI_REALTIME_URL": "", "HOOKS": "browser_phone,offline"}
+    async with telephone(PretendModel(b""), **nobody) as address, browser(address) as page:
+        await page.until("document.querySelector('.notice')")
+        assert "does not recognize words: the log shows only how long you spoke" in await page.text("#notices")
+        await page.click("#languages button:first-child")
+        assert "言葉は認識しない" in await page.text("#notices")
+
+
 EXTRA = '{"event": "clear", "streamSid": "MZ", "extra": 1}'
 
 
