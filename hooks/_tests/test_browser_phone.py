@@ -377,6 +377,17 @@ async def test_keys_and_hanging_up_in_the_browser_reach_the_bridge() -> None:
         await page.until("phone.state === 'talking' && phone.heard.length")
 
 
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_the_keypad_is_a_telephones(width: int) -> None:
+    async with telephone(PretendModel(b"")) as address, browser(address) as page:
+        await page.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        tops = await page.value("[...document.querySelectorAll('#keypad button')].map(key => key.offsetTop)")
+        assert tops == [tops[row] for row in (0, 3, 6, 9) for _ in range(3)] and len(set(tops)) == 4
+        edges = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        assert len(set(await page.value(edges))) == 1  # nothing sticks out
+
+
 SPY = """
 window.sent = [];
 const send = WebSocket.prototype.send;
