@@ -338,6 +338,29 @@ async def test_who_speaks_over_the_model_in_the_browser_hears_it_stop() -> None:
         assert "interrupted:" in await page.text(".turn.model") and await page.text(".turn.model del")
 
 
+TURNS = """
+(() => {
+  const talk = {callerTurns: [], modelTurns: [], pausedAt: null, latencies: []}, seen = [];
+  const happened = (event, facts) => {
+    HAPPENED[event](talk, facts);
+    seen.push([...document.querySelectorAll(".words")].at(-1).innerText);
+  };
+  happened("model_spoke", {at_ms: 0});
+  happened("model_said", {at_ms: 3000, text: "こんにちは。", heard_ms: null});
+  happened("caller_spoke", {at_ms: 4000});
+  happened("caller_paused", {at_ms: 6000});
+  happened("caller_said", {at_ms: 7000, text: "はい。"});
+  return seen;
+})()
+"""
+
+
+@in_a_browser
+async def test_a_turn_whose_words_are_not_known_yet_says_that_it_is_being_spoken() -> None:
+    async with telephone(PretendModel(b"")) as address, browser(address) as page:
+        assert await page.value(TURNS) == ["speaking…", "こんにちは。", "speaking…", "", "はい。"]
+
+
 HANGS_UP = """
 (() => {
   const talk = {callerTurns: [], modelTurns: [], pausedAt: null, latencies: []};
