@@ -293,9 +293,9 @@ async def test_a_call_from_the_browser_hears_greeting_and_answer_to_the_byte() -
         assert "もしもし、こちらはテストです。" in await page.text(".turn.model .words")
         assert await page.text(".turn.caller .words") == "すみません、ちょっといいですか。"
         assert "<b>お話しください</b>" in await page.text("#log")  # text, not markup
-        assert re.search("answered 0.3. s after the end of the turn was noticed", await page.text("#log"))
+        assert re.search("answered 0.3. s after the turn's end was noticed", await page.text("#log"))
         assert "answered" not in await page.text(".turn.model")  # the greeting answers nobody
-        assert "from the noticed end of the turn: last 0.3" in await page.text("#latency")
+        assert "Answer after the turn's end was noticed: last 0.3" in await page.text("#latency")
 
 
 @in_a_browser
