@@ -296,6 +296,7 @@ async def test_a_call_from_the_browser_hears_greeting_and_answer_to_the_byte() -
         assert re.search("answered 0.3. s after the turn's end was noticed", await page.text("#log"))
         assert "answered" not in await page.text(".turn.model")  # the greeting answers nobody
         assert "Answer after the turn's end was noticed: last 0.3" in await page.text("#latency")
+        assert "about 0.5 s after its last word" in await page.value("document.getElementById('latency').title")
 
 
 @in_a_browser
