@@ -2,7 +2,7 @@
 
 The caller hears a greeting, and after each turn their own words again: so anybody hears at once that both directions
 work, and tries barge-in, keys and hooks without a key and without cost. It recognizes no words: a turn is transcribed
-as, for example, 「(2.4秒の音声)」. It calls no tools and follows no instructions. Its voice is a machine's, made
+as, for example, 「（2.4秒の音声）」. It calls no tools and follows no instructions. Its voice is a machine's, made
 beforehand: _offline_speech.json has the commands, too.
 
 No settings, and nothing is stored. The bridge starts STAND_IN when no key is set. Each part works without the next:
@@ -409,7 +409,7 @@ class PretendSession:
         self.announce("done", self.items[-1])
         if self.config["audio"]["input"]["transcription"]:
             seconds = len(self.turn) / 8000
-            content["transcript"] = f"({seconds:.1f}秒の音声)"  # nobody recognizes words here
+            content["transcript"] = f"（{seconds:.1f}秒の音声）"  # nobody recognizes words here
             what = {"item_id": item_id, "content_index": 0, "transcript": content["transcript"]}
             usage = {"type": "duration", "seconds": seconds}
             self.emit("conversation.item.input_audio_transcription.completed", **what, usage=usage)
@@ -717,7 +717,7 @@ class Parrot(PretendSession):
             return [next(lines[name] for name, words in ANSWERS.items() if re.search(words, text, re.IGNORECASE))]
         if not self.turn:
             return [lines["idle"]]
-        return [lines["preamble"], (f"({len(self.turn) / 8000:.1f}秒の音声)", self.turn)]
+        return [lines["preamble"], (f"（{len(self.turn) / 8000:.1f}秒の音声）", self.turn)]
 
     async def speak(self, response: Response, lines: list[tuple[str, bytes]]) -> None:
         """Send each line as an item of its own, in pieces, until all is said or somebody ends the response."""

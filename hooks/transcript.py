@@ -135,8 +135,8 @@ def write(call: Any, line: Line) -> None:
         record = {"at_s": round(at_s, 1), "side": line.side, "text": text, "heard_ms": line.heard_ms}
         name = "発信者" if line.side == "caller" else "AI"
         clock = f"{int(at_s) // 60}:{int(at_s) % 60:02}"
-        cut = f" *(ここで遮られた。聞こえたのは {line.heard_ms / 1000:.1f} 秒)*" if line.heard_ms else ""
-        append(transcript.path, record, f"- {clock} **{name}** {text or '(言葉なし)'}{cut}")
+        cut = f" *（{line.heard_ms / 1000:.1f} 秒まで再生）*" if line.heard_ms else ""
+        append(transcript.path, record, f"- {clock} **{name}** {text or '（言葉なし）'}{cut}")
 
 
 def append(path: Path, record: dict[str, Any], markdown: str) -> None:

@@ -372,7 +372,10 @@ async def test_times_count_the_audio_and_not_the_clock_whatever_size_it_comes_in
     assert started["item_id"] == stopped["item_id"] == committed["item_id"]
     (said,) = dialogue.of("conversation.item.input_audio_transcription.completed")
     seconds = (stopped["audio_end_ms"] - started["audio_start_ms"]) / 1000
-    assert (said["transcript"], said["usage"]) == (f"({seconds:.1f}秒の音声)", {"type": "duration", "seconds": seconds})
+    assert (said["transcript"], said["usage"]) == (
+        f"（{seconds:.1f}秒の音声）",
+        {"type": "duration", "seconds": seconds},
+    )
 
 
 async def test_the_parrot_gives_back_exactly_what_the_caller_said_after_a_preamble(
@@ -387,7 +390,7 @@ async def test_the_parrot_gives_back_exactly_what_the_caller_said_after_a_preamb
     assert dialogue.sound(1) == heard[start["audio_start_ms"] * 8 : end["audio_end_ms"] * 8]
     done = dialogue.of("response.done")[0]["response"]
     assert done["status"] == "completed"
-    assert [item["content"][0]["transcript"] for item in done["output"]] == ["こう聞こえました。", "(3.5秒の音声)"]
+    assert [item["content"][0]["transcript"] for item in done["output"]] == ["こう聞こえました。", "（3.5秒の音声）"]
 
 
 async def test_the_caller_interrupts_the_stand_in_and_is_answered_afterwards(offline: StandIn, quick: None) -> None:

@@ -117,7 +117,7 @@ async def test_a_transcript_is_written_as_markdown_for_its_owner_only_with_the_n
     assert text.splitlines()[4:7] == [
         "- 0:00 **AI** 鈴木です。",
         "- 0:04 **発信者** 天気は？",
-        "- 0:05 **AI** どの地域の天気を *(ここで遮られた。聞こえたのは 1.6 秒)*",
+        "- 0:05 **AI** どの地域の天気を *（1.6 秒まで再生）*",
     ]
 
 
