@@ -1618,7 +1618,7 @@ async def test_an_answer_that_was_to_be_asked_for_again_does_not_delay_the_apolo
         await hears_an_apology(line, twilio, 4)
 
 
-async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_off() -> None:
+async def test_after_an_apology_is_due_nothing_more_is_dialled_told_played_or_called_off() -> None:
     async with a_call() as (twilio, openai, line):
         await openai.says(voice(400))
         await openai.sends("error", error={"code": "insufficient_quota", "message": "", "event_id": None})
@@ -1626,6 +1626,10 @@ async def test_after_an_apology_is_due_nothing_more_is_dialled_played_or_called_
         await openai.hears_speech()
         await openai.caught_up()
         line.call.hang_up()
+        line.call.tell_model("何か")
+        await twilio.speaks(voice(60, 3))
+        await asyncio.sleep(0.05)
+        assert openai.types() == ["session.update"] and openai.heard == b""
         await openai.socket.close(1011)
         await hears_an_apology(line, twilio)
         assert twilio.heard_so_far() == voice(400) and len(line.openai.sessions) == 1
@@ -1707,6 +1711,41 @@ async def test_a_greeting_that_was_never_heard_is_asked_for_again_by_the_next_se
         openai.socket.transport.abort()
         again = await line.openai.session()
         assert "もしもし" in (await again.gets("response.create"))["response"]["instructions"]
+
+
+async def test_what_was_heard_of_a_lost_session_is_told_at_once_and_not_at_the_end_of_the_call() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        await openai.speaks(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        await until(lambda: line.hooks.facts("model_said"), 2)
+
+
+async def test_an_answer_that_was_asked_for_and_had_not_begun_is_asked_for_again_by_the_next_session() -> None:
+    async with a_call() as (_, openai, line):
+        line.openai.answers_creates = False
+        line.call.tell_model("何か")
+        await openai.gets("conversation.item.create")
+        await openai.gets("response.create")
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.gets("response.create")
+
+
+async def test_a_turn_that_the_lost_session_was_about_to_answer_is_answered_by_the_next_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "ANSWER_COMES_S", 9)
+    async with a_call() as (_, openai, line):
+        await openai.hears_silence(await openai.hears_speech(), "はい")
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.gets("response.create", 2)
 
 
 async def test_what_is_still_playing_of_a_lost_session_can_be_interrupted_and_is_not_truncated_in_the_next() -> None:
@@ -1850,6 +1889,18 @@ async def test_a_caller_who_was_speaking_when_the_session_was_lost_is_not_talked
         await again.gets("conversation.item.create")
         await again.caught_up()
         assert again.creates == 0
+
+
+async def test_a_caller_who_was_speaking_when_the_session_was_lost_does_not_count_as_speaking_in_the_next() -> None:
+    async with a_call() as (_, openai, line):
+        await openai.hears_speech("u1")
+        await openai.caught_up()
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await until(lambda: line.call.ready)
+        line.call.tell_model("何か")
+        await again.gets("conversation.item.create")
+        await again.gets("response.create")
 
 
 async def test_a_session_that_is_lost_within_10_s_of_the_one_before_it_ends_in_an_apology() -> None:
@@ -2099,6 +2150,29 @@ async def test_when_nothing_is_playing_a_caller_who_speaks_interrupts_nothing() 
         assert not line.hooks.facts("model_interrupted")
 
 
+async def test_an_answer_that_was_heard_to_its_end_and_whose_last_mark_is_late_is_not_interrupted() -> None:
+    async with a_call() as (twilio, openai, line):
+        twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
+        await openai.says(voice(100))
+        await until(lambda: twilio.heard_so_far() == voice(100))
+        await asyncio.sleep(0.05)
+        await openai.hears_speech()
+        await until(lambda: line.hooks.facts("model_said"), 2)
+        assert line.hooks.facts("model_said")[0]["heard_ms"] is None
+        assert not line.hooks.facts("model_interrupted") and openai.truncates() == []
+
+
+async def test_what_the_model_said_is_told_when_it_has_been_heard_and_not_when_its_answer_has_ended() -> None:
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        item = await openai.speaks(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+        await openai.caught_up()
+        message = {"id": item, "type": "message", "role": "assistant", "status": "completed"}
+        await openai.sends("response.output_item.done", response_id=openai.response, item=message)
+        await until(lambda: line.hooks.facts("model_said"), 2)
+
+
 async def test_what_still_comes_of_an_interrupted_answer_is_dropped() -> None:
     async with a_call() as (twilio, openai, line):
         response = await openai.begins()
@@ -2148,7 +2222,8 @@ async def test_words_that_come_before_their_sound_belong_to_what_the_model_said(
     async with a_call() as (twilio, openai, line):
         response = await openai.begins()
         at = {"response_id": response, "item_id": "i", "output_index": 0, "content_index": 0}
-        await openai.sends("response.output_audio_transcript.delta", **at, delta="こんにちは、")
+        await openai.sends("response.output_audio_transcript.delta", **at, delta="こんに")
+        await openai.sends("response.output_audio_transcript.delta", **at, delta="ちは、")
         await openai.speaks(voice(1000), "i")
         await openai.sends("response.output_audio_transcript.delta", **at, delta="鈴木です")
         await until(lambda: len(twilio.heard_so_far()) > 800)
@@ -2296,6 +2371,20 @@ async def test_a_text_that_a_hook_tells_after_an_answer_was_asked_for_is_answere
         assert openai.creates == 2
 
 
+async def test_what_a_hook_tells_while_an_answer_is_asked_for_is_answered_after_it_also_when_a_turn_came_between() -> (
+    None
+):
+    async with a_call() as (_, openai, line):
+        line.openai.answers_creates = False
+        for text in ("一", "二"):
+            line.call.tell_model(text)
+        await until(lambda: openai.creates)
+        await openai.hears_silence(await openai.hears_speech())
+        await openai.begins()  # what was asked for before the second text
+        await openai.ends()
+        await until(lambda: openai.creates == 2, 2)
+
+
 async def test_what_a_hook_tells_as_openai_begins_an_answer_by_itself_is_answered_after_that_one() -> None:
     async with a_call() as (_, openai, line):
         line.openai.expected_errors.add("conversation_already_has_active_response")
@@ -2333,16 +2422,48 @@ async def test_a_greeting_gives_way_to_an_answer_that_openai_begins_at_the_same_
         assert openai.creates == 1
 
 
+async def test_a_greeting_that_is_refused_before_the_answer_in_its_place_begins_gives_way_to_it_just_the_same() -> None:
+    async with a_line(greeting="もしもし") as line:
+        line.openai.answers_creates = False
+        line.openai.expected_errors.add("conversation_already_has_active_response")
+        await line.caller().calls()
+        openai = await line.openai.session()
+        await openai.gets("response.create")
+        await openai.refuses("conversation_already_has_active_response", "… in progress")
+        await openai.says(voice(20))
+        await openai.caught_up()
+        assert openai.creates == 1
+
+
+async def test_an_answer_that_took_the_greetings_place_and_fails_is_asked_for_again_and_not_the_greeting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
+    async with a_line(greeting="もしもし") as line:
+        line.openai.answers_creates = False
+        line.openai.expected_errors.add("conversation_already_has_active_response")
+        await line.caller().calls()
+        openai = await line.openai.session()
+        await openai.gets("response.create")
+        await openai.begins()
+        await openai.refuses("conversation_already_has_active_response", "… in progress")
+        await openai.fails()
+        assert await openai.gets("response.create") == {"type": "response.create"}
+
+
 async def test_what_a_hook_told_while_the_model_was_being_dialled_again_is_answered_by_the_next_session() -> None:
     async with a_call() as (_, openai, line):
         opens = line.openai.opens_late()
         openai.socket.transport.abort()
         await until(lambda: not line.call.ready)
-        line.call.tell_model("鍵が押された")
+        texts = ["鍵が押された", "もう一度押された"]
+        for text in texts:
+            line.call.tell_model(text)
         await asyncio.sleep(0)
         opens.set()
         again = await line.openai.session()
-        assert (await again.gets("conversation.item.create"))["item"]["content"][0]["text"] == "鍵が押された"
+        items = [(await again.gets("conversation.item.create"))["item"] for _ in texts]
+        assert [item["content"][0]["text"] for item in items] == texts
         await again.gets("response.create")
 
 
@@ -2407,23 +2528,33 @@ async def test_a_tool_holds_up_neither_audio_nor_barge_in() -> None:
 
 async def test_tools_of_a_cancelled_answer_and_incomplete_calls_are_never_run() -> None:
     async with a_call() as (_, openai, line):
+        line.hooks.results = lambda *_: asyncio.sleep(0, "done")
         await openai.calls_tools(a_function_call("a"), status="cancelled")
         await openai.calls_tools(a_function_call("a", '{"x', status="incomplete"))
         await openai.caught_up()
         assert openai.types() == ["session.update"] and not line.hooks.facts("tool_used")
 
 
-async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told_to_the_next_session() -> None:
+async def test_what_a_tool_found_while_the_model_was_being_dialled_again_is_told_to_the_next_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with a_call() as (_, openai, line):
         done = line.hooks.tool_waits("25度")
         await openai.calls_tools(a_function_call("weather"))
         await openai.caught_up()
-        opens = line.openai.opens_late()
+        dials = asyncio.Event()
+
+        async def late(*arguments: Any, **options: Any) -> Any:
+            await dials.wait()
+            return await bridge_connect(*arguments, **options)
+
+        bridge_connect = bridge.connect
+        monkeypatch.setattr(bridge, "connect", late)
         openai.socket.transport.abort()
         await until(lambda: not line.call.ready)
         done.set()
         await until(lambda: line.hooks.facts("tool_used"))
-        opens.set()
+        dials.set()
         again = await line.openai.session()
         item = (await again.gets("conversation.item.create"))["item"]
         assert item["role"] == "system" and "25度" in item["content"][0]["text"]
@@ -2486,7 +2617,7 @@ async def test_an_answer_that_openai_refuses_to_begin_counts_as_one_that_failed(
                 event = json.loads(text)
                 if event["type"] != "response.create":
                     return await takes(text)
-                session.creates += 1
+                session.creates += "もしもし" in text
                 error = {"type": "server_error", "code": "server_error", "message": "", "event_id": event["event_id"]}
                 return await session.sends("error", error=error)
 
@@ -2511,6 +2642,19 @@ async def test_an_answer_that_fails_is_asked_for_again_twice_and_then_ends_in_an
             await until(lambda: openai.response)
         await openai.fails()
         await hears_an_apology(line, twilio)
+        told = [facts["error"].rpartition(": ")[2] for facts in line.hooks.facts("model_failed")]
+        assert told == ["asking again in 0.1 s", "asking again in 0.2 s", "the caller hears an apology"]
+
+
+async def test_an_answer_of_openais_own_that_fails_after_the_greeting_is_asked_for_again_and_not_the_greeting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "RETRY_PAUSES_S", (0.1, 0.2))
+    async with a_call(greeting="もしもし") as (_, openai, _):
+        await openai.says(voice(20))
+        await openai.begins()
+        await openai.fails()
+        assert await openai.gets("response.create") == {"type": "response.create"}
 
 
 async def test_only_failures_in_a_row_lead_to_the_apology(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2589,6 +2733,37 @@ async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_l
             assert twilio.heard_so_far() == words
 
 
+async def test_hanging_up_waits_for_the_answer_to_the_callers_turn_as_long_as_it_may_take_to_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge.Call, "ANSWER_COMES_S", 0.3)
+    for words in (voice(100), b""):
+        async with a_call() as (twilio, openai, line):
+            await openai.hears_silence(await openai.hears_speech())
+            await openai.caught_up()
+            line.call.hang_up()
+            await asyncio.sleep(0.05)
+            if words:
+                await openai.says(words)
+            assert "<Hangup/>" in await twilio.next()
+            assert twilio.heard_so_far() == words
+
+
+async def test_hanging_up_waits_for_an_answer_that_is_wanted_of_a_model_that_is_being_dialled_again() -> None:
+    async with a_call() as (twilio, openai, line):
+        opens = line.openai.opens_late()
+        openai.socket.transport.abort()
+        await until(lambda: not line.call.ready)
+        line.call.tell_model("何か")
+        line.call.hang_up()
+        await asyncio.sleep(0.05)
+        opens.set()
+        again = await line.openai.session()
+        await again.says(voice(100))
+        await twilio.next()
+        assert twilio.heard_so_far() == voice(100)
+
+
 async def test_hanging_up_waits_for_a_tool_that_is_running() -> None:
     async with a_call() as (twilio, openai, line):
         done = line.hooks.tool_waits()
@@ -2634,16 +2809,55 @@ async def test_a_goodbye_that_was_spoken_before_the_tool_hung_up_is_not_asked_fo
         assert openai.creates == 0
 
 
+async def test_a_model_that_hangs_up_without_a_word_is_asked_for_a_goodbye_whatever_was_said_while_its_tool_ran() -> (
+    None
+):
+    async with a_call() as (_, openai, line):
+        done = asyncio.Event()
+
+        async def results(call: Any, *_: Any) -> str:
+            await done.wait()
+            call.hang_up()
+            return str(await asyncio.sleep(0.05, "ok"))
+
+        line.hooks.results = results
+        await openai.calls_tools(a_function_call("hang_up"))
+        await openai.caught_up()
+        await openai.hears_silence(await openai.hears_speech())
+        await openai.says(voice(20))
+        await until(lambda: line.hooks.facts("model_said"))
+        done.set()
+        await openai.gets("conversation.item.create")
+        await openai.gets("response.create")
+
+
+async def test_a_long_goodbye_is_heard_out_and_of_a_very_long_one_the_first_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert bridge.Call.MAX_GOODBYE_S == 60
+    monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.2)
+    monkeypatch.setattr(bridge.Call, "MAX_GOODBYE_S", 0.8)
+    for ms, heard_ms in ((700, 700), (3000, 1000)):
+        async with a_call() as (twilio, openai, line):
+            await openai.says(voice(ms))
+            await openai.caught_up()
+            line.call.hang_up()
+            await twilio.next()
+            assert abs(len(twilio.heard_so_far()) / 8 - heard_ms) < 200
+
+
 async def test_a_mark_that_never_comes_back_holds_a_goodbye_up_for_a_while_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bridge.Call, "GOODBYE_SLACK_S", 0.1)
     async with a_call() as (twilio, openai, line):
+        await openai.says(voice(1000))
+        await until(lambda: line.hooks.facts("model_said"))
         twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
         await openai.says(voice(100))
         await until(lambda: twilio.marks)
         line.call.hang_up()
-        assert "<Hangup/>" in await asyncio.wait_for(twilio.next(), 1)
+        assert "<Hangup/>" in await asyncio.wait_for(twilio.next(), 0.9)
 
 
 async def test_a_caller_who_goes_on_talking_calls_the_hanging_up_off() -> None:
