@@ -718,9 +718,13 @@ def clean(env: dict[str, str]) -> dict[str, str]:
         ("SESSION", '{"audio":{"input":[1]}}'),
         ("SESSION", '{"audio":{"output":"loud"}}'),
         ("OPENAI_API_KEY", "sk-secret…"),
+        ("OPENAI_API_KEY", "sk-secret sk-secret"),
         ("OPENAI_API_KEY", "sk-secret\nsk-secret"),
         ("PUBLIC_BASE_URL", "http://my-app.fly.dev"),
         ("PUBLIC_BASE_URL", "my-app.fly.dev"),
+        ("PUBLIC_BASE_URL", "https://my-app.fly.dev/?x=y"),
+        ("PUBLIC_BASE_URL", "https://user:sk-secret@my-app.fly.dev"),
+        ("OPENAI_REALTIME_URL", "wss://api.openai.com/v1/realtime#x"),
         ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
         ("PUBLIC_BASE_URL", "http://user:sk-secret@my-app.fly.dev"),
         ("OPENAI_REALTIME_URL", "https://user:sk-secret@api.openai.com/v1/realtime"),
@@ -1693,6 +1697,24 @@ async def test_a_new_session_is_told_the_last_200_texts_only(monkeypatch: pytest
         assert texts == ["u2", "u3"]
 
 
+async def test_of_an_interrupted_answer_the_next_session_is_told_the_share_that_was_heard_of_all_that_was_made() -> (
+    None
+):
+    async with a_call() as (twilio, openai, line):
+        await openai.begins()
+        item = await openai.speaks(voice(600, 1))
+        await until(lambda: len(twilio.heard_so_far()) > 4000)
+        await openai.sends("input_audio_buffer.speech_started", audio_start_ms=0, item_id="u1")
+        await openai.speaks(voice(1400, 2), item)  # which is dropped
+        await openai.transcribes(item, "0123456789")
+        await openai.ends("cancelled", reason="turn_detected")
+        await until(lambda: line.hooks.facts("model_said"))
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        told = (await again.gets("conversation.item.create"))["item"]["content"][0]["text"]
+        assert told in ("01", "012", "0123"), told  # 250 to 350 ms of 2000
+
+
 async def test_half_a_character_in_what_was_said_does_not_stop_the_next_session() -> None:
     async with a_call() as (_, openai, line):
         await openai.hears_speech("u1")
@@ -2114,7 +2136,7 @@ async def test_the_clock_never_tells_more_than_the_next_mark_will() -> None:
 
 
 async def test_of_several_items_each_is_truncated_at_what_was_heard_of_it() -> None:
-    async with a_call() as (twilio, openai, _):
+    async with a_call() as (twilio, openai, line):
         await openai.begins()
         first = await openai.speaks(voice(300, 1))
         second = await openai.speaks(voice(600, 2))
@@ -2123,6 +2145,8 @@ async def test_of_several_items_each_is_truncated_at_what_was_heard_of_it() -> N
         await until(lambda: len(twilio.heard_so_far()) > 500 * 8)
         await openai.hears_speech()
         await openai.caught_up()
+        (interrupted,) = line.hooks.facts("model_interrupted")
+        assert interrupted["sent_ms"] == 1100, "from the beginning of the item that is being heard"
         (at_second, at_third) = openai.truncates()
         assert at_second[0] == second and abs(at_second[1] - (len(twilio.heard_so_far()) / 8 - 300)) < TOLERANCE_MS
         assert at_third == (third, 0)
@@ -2433,6 +2457,19 @@ async def test_a_greeting_that_is_refused_before_the_answer_in_its_place_begins_
         await openai.says(voice(20))
         await openai.caught_up()
         assert openai.creates == 1
+
+
+async def test_an_error_that_does_not_say_which_ask_it_refuses_refuses_the_one_that_is_out_and_else_none() -> None:
+    async with a_call() as (_, openai, line):
+        line.openai.answers_creates = False
+        error = {"code": "conversation_already_has_active_response", "message": "", "event_id": None}
+        await openai.sends("error", error=error)
+        await openai.caught_up()
+        assert openai.creates == 0
+        line.call.tell_model("何か")
+        await until(lambda: openai.creates == 1)
+        await openai.sends("error", error=error)
+        await until(lambda: openai.creates == 2, 2)
 
 
 async def test_an_answer_that_took_the_greetings_place_and_fails_is_asked_for_again_and_not_the_greeting(
@@ -3061,8 +3098,41 @@ async def test_a_streams_first_messages_may_come_with_its_handshake(cut: int) ->
         writer.close()
 
 
-@pytest.mark.parametrize("come", [1, 2, 4, 8, 50])
-async def test_a_frame_whose_header_comes_with_the_handshake_is_read_whole(come: int) -> None:
+@pytest.mark.parametrize("size", [1, 7, 100])
+async def test_openais_answer_to_the_handshake_may_come_in_any_number_of_pieces(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bridge.OpenAILeg.data_received
+
+    def in_pieces(leg: bridge.OpenAILeg, data: bytes) -> None:
+        for at in range(0, len(data) or 1, size):
+            whole(leg, data[at : at + size])
+
+    monkeypatch.setattr(bridge.OpenAILeg, "data_received", in_pieces)
+    async with a_call() as (twilio, openai, _):
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+
+
+async def test_a_server_whose_answer_to_the_handshake_has_no_end_is_dialled_again_at_once() -> None:
+    dials: list[Any] = []
+
+    async def babbles(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dials.append(writer)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nX: " + b"y" * 20_000)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(babbles, "127.0.0.1", 0)
+    url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/realtime"
+    async with a_line(openai_realtime_url=url) as line:
+        await line.caller().dials()
+        await until(lambda: len(dials) == 2, 2)
+    server.close()
+
+
+@pytest.mark.parametrize("come", [1, 2, 4, 8, 50, 1000])
+async def test_a_frame_that_comes_with_the_handshake_as_a_whole_or_in_part_is_read_whole(come: int) -> None:
     async with a_line(greeting="") as line:
         text = json.dumps({"type": "session.updated", "session": {"x": "y" * 300}}).encode()
         event = b"\x81\x7e" + len(text).to_bytes(2, "big") + text  # a server's: 4 bytes of header, no mask
@@ -3080,6 +3150,36 @@ async def test_a_frame_whose_header_comes_with_the_handshake_is_read_whole(come:
         await until(lambda: "caller_spoke" in line.hooks.events(), 2)
         assert len(line.openai.sessions) == 1
         await twilio.hangs_up()
+
+
+async def test_what_comes_behind_a_close_is_not_handled_and_nothing_is_sent_behind_one() -> None:
+    async with a_call() as (twilio, openai, line):
+        leg, sent = line.call.openai, []
+        await openai.socket.close()
+        await until(lambda: leg.close_code)
+        leg.transport.write = sent.append
+        leg.send_now(b"{}")
+        assert sent == []
+        key = json.dumps({"event": "dtmf", "streamSid": twilio.stream_sid, "dtmf": {"digit": "1"}}).encode()
+        twilio.socket.transport.write(frame(0x88, b"\x03\xe8") + frame(0x81, key))
+        await until(lambda: line.hooks.facts("call_ended"))
+        assert not line.hooks.facts("key_pressed")
+
+
+async def test_a_caller_who_has_stopped_reading_is_cut_off_at_the_end_of_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "MAX_UNSENT", 1 << 30)
+    async with a_call() as (twilio, openai, line):
+        twilio.reader.cancel()
+        twilio.socket.transport.pause_reading()
+        await openai.begins()
+        while not line.call.twilio.transport.get_write_buffer_size() > 1 << 20:
+            await openai.speaks(voice(60_000), "item", delta_ms=10_000)
+        line.call.end("hung up")
+        await until(lambda: line.hooks.facts("call_ended"), 3)
+        assert not line.call.twilio.transport.get_write_buffer_size()
+        twilio.socket.transport.abort()
 
 
 @pytest.mark.parametrize(
@@ -3186,6 +3286,7 @@ STRANGERS_STREAM = (
         (form_request(b"a=b", "Transfer-Encoding: chunked"), 411),
         (form_request(b"a=b", "Content-Length: 4"), 400),
         (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: -1\r\n\r\n", 400),
+        (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
         (b"POST /twilio/voice HTTP/1.1\r\n" + HOST + b"no colon here\r\n\r\n", 400),
         (b"what is this\r\n\r\n", 400),
         (form_request(b"a=b", method="PUT"), 405),
@@ -3218,7 +3319,7 @@ async def test_head_is_answered_without_a_body_and_405_says_what_is_allowed() ->
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 async def test_a_form_may_come_in_any_number_of_segments(size: int) -> None:
     async with a_line() as line:
-        request = form_request(FORM)
+        request = form_request(FORM + b"&Pad=" + b"y" * 4 * size)  # more than a head may have
         segments = [request[i : i + size] for i in range(0, len(request), size)]
         status, _, body = parse_http(await raw(line.port, *segments, pause_s=0.001))
         assert status == 200 and "<Stream" in body and "CA5" in line.bridge.calls
@@ -3234,6 +3335,24 @@ async def test_a_form_that_waits_for_100_continue_is_told_to_go_on() -> None:
         writer.close()
 
 
+async def test_what_comes_while_a_request_is_being_answered_waits_for_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = bridge.Bridge.answer_request
+
+    async def slowly(the_bridge: bridge.Bridge, *arguments: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return answer(the_bridge, *arguments)
+
+    monkeypatch.setattr(bridge.Bridge, "answer_request", slowly)
+    async with a_line() as line:
+        answered = await raw(line.port, STRANGERS_STREAM, b"what is", b" this?", pause_s=0.03)
+        assert parse_http(answered)[0] == 403
+        stream = STRANGERS_STREAM.replace(b"Origin: http://a.example\r\n", b"")
+        answered = await raw(line.port, stream, frame(0x89, b"pi"), frame(0x88, b"\x03\xe8"), pause_s=0.03)
+        assert answered.startswith(b"HTTP/1.1 101") and b"\x8a\x02pi" in answered
+
+
 async def test_what_follows_a_form_is_not_a_part_of_it_and_100_continue_is_said_once() -> None:
     async with a_line() as line:
         await raw(line.port, form_request(b"CallSid=CA8") + b"9&From=x")
@@ -3243,6 +3362,8 @@ async def test_what_follows_a_form_is_not_a_part_of_it_and_100_continue_is_said_
             line.port, request[: -len(FORM)], *(FORM[i : i + 1] for i in range(len(FORM))), pause_s=0.001
         )
         assert answer.count(b"100 Continue") == 1 and b"200 OK" in answer
+        older = request.replace(b"HTTP/1.1", b"HTTP/1.0")  # which does not know of it
+        assert b"100 Continue" not in await raw(line.port, older[: -len(FORM)], FORM, pause_s=0.02)
 
 
 async def test_a_head_is_read_once_into_however_many_pieces_its_body_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3262,6 +3383,37 @@ async def test_a_head_is_read_once_into_however_many_pieces_its_body_is_cut(monk
             line.port, head + blank_line, *(body[n : n + 10] for n in range(0, len(body), 10)), pause_s=0.01
         )
         assert parse_http(answer)[0] == 200 and len(reads) == head.count(b"\r\n")
+
+
+async def test_a_request_that_comes_byte_by_byte_has_no_more_time_than_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "FORM_TIMEOUT_S", 0.2)
+    async with a_line() as line:
+        reader, writer = await asyncio.open_connection("127.0.0.1", line.port)
+        answer = asyncio.ensure_future(reader.readline())
+        for byte in form_request(FORM)[:20]:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.03)
+            if answer.done():
+                break
+        assert answer.done() and answer.result().startswith(b"HTTP/1.1 408")
+        writer.close()
+
+
+async def test_the_time_for_a_request_ends_with_it_or_with_its_connection(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridge, "FORM_TIMEOUT_S", 0.2)
+    async with a_call() as (twilio, openai, line):
+        _, writer = await asyncio.open_connection("127.0.0.1", line.port)
+        writer.write(form_request(FORM)[:30])
+        await writer.drain()
+        writer.close()
+        await asyncio.sleep(0.3)
+        await openai.says(voice(60))
+        await until(lambda: twilio.heard_so_far() == voice(60))
+    assert "Exception" not in caplog.text
 
 
 async def test_a_request_that_does_not_come_to_its_end_in_5_s_is_answered_408(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3507,6 +3659,32 @@ def test_without_a_key_or_the_hooks_that_are_named_the_program_says_what_to_set(
     for folder, env in ((tmp_path, {}), (HERE, {"HOOKS": ""})):
         done = run_bridge(env, folder)
         assert done.returncode == 2 and "OPENAI_API_KEY" in done.stderr.splitlines()[-1], done.stderr
+
+
+async def test_what_a_hook_prints_is_seen_at_once_and_the_program_waits_for_what_hooks_still_have_to_do(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "bridge.py").write_bytes((HERE / "bridge.py").read_bytes())
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks" / "__init__.py").write_bytes((HERE / "hooks" / "__init__.py").read_bytes())
+    says = "import time\ndef call_started(): print('begun')\ndef call_ended(): time.sleep(0.5); print('saved')\n"
+    (tmp_path / "hooks" / "mine.py").write_text(says)
+    async with a_process(tmp_path / "log", tmp_path) as bridge_process:
+        twilio = await bridge_process.caller().calls()
+        await until(lambda: "begun" in bridge_process.log.read_text())
+        await twilio.hangs_up()
+        bridge_process.process.send_signal(signal.SIGTERM)
+        assert await bridge_process.exits() == 0
+        assert "saved" in bridge_process.log.read_text()
+
+
+async def test_the_browser_phone_is_offered_only_where_no_auth_token_is_set(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log", HOOKS="browser_phone") as bridge_process:
+        await until(lambda: "in a browser" in bridge_process.log.read_text())
+    deployed = {"TWILIO_AUTH_TOKEN": "12345", "PUBLIC_BASE_URL": "https://my-app.fly.dev"}
+    async with a_process(tmp_path / "log", HOOKS="browser_phone", **deployed) as bridge_process:
+        assert (await http(bridge_process.port, "GET", "/health"))[0] == 200
+        assert "in a browser" not in bridge_process.log.read_text()
 
 
 async def test_beside_somebody_elses_hooks_folder_none_of_its_files_is_run(tmp_path: Path) -> None:
