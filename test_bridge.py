@@ -724,7 +724,7 @@ def clean(env: dict[str, str]) -> dict[str, str]:
         ("PUBLIC_BASE_URL", "http://my-app.fly.dev"),
         ("PUBLIC_BASE_URL", "my-app.fly.dev"),
         ("PUBLIC_BASE_URL", "https://my-app.fly.dev/?x=y"),
-        ("PUBLIC_BASE_URL", "https://user:sk-secret@my-app.fly.dev"),
+        ("PUBLIC_BASE_URL", "https://sk-secret@my-app.fly.dev"),
         ("OPENAI_REALTIME_URL", "wss://api.openai.com/v1/realtime#x"),
         ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
         ("PUBLIC_BASE_URL", "http://user:@sk-secret@my-app.fly.dev"),
@@ -1853,6 +1853,23 @@ async def test_an_answer_that_was_asked_for_and_had_not_begun_is_asked_for_again
         again = await line.openai.session()
         await again.gets("conversation.item.create")
         await again.gets("response.create")
+
+
+async def test_a_greeting_of_a_session_that_was_lost_before_the_stream_is_heard_from_the_next_one_only() -> None:
+    async with a_line() as line:
+        twilio = await line.caller().dials()
+        openai = await line.openai.session()
+        await openai.asked()
+        await openai.says(voice(200, 1))
+        await openai.socket.close(1011)
+        again = await line.openai.session()
+        await again.asked()
+        await again.says(voice(200, 2))
+        await again.caught_up()
+        await twilio.opens()
+        await until(lambda: len(twilio.heard_so_far()) == 1600 and not twilio.queue)
+        assert twilio.sent_to_it() == voice(200, 2)
+        await twilio.hangs_up()
 
 
 async def test_a_turn_that_the_lost_session_was_about_to_answer_is_answered_by_the_next_without_waiting(
