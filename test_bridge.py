@@ -1400,6 +1400,21 @@ async def test_timers_and_tools_end_with_their_call() -> None:
 # ── 4 The model: the session and its greeting ───────────────────────────────────────────────────────────────────
 
 
+async def test_without_a_key_none_is_sent() -> None:
+    async with a_line(openai_api_key="") as line:
+        await line.caller().dials()
+        assert "Authorization" not in (await line.openai.session()).headers
+
+
+async def test_a_session_that_is_granted_twice_is_greeted_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with a_call(greeting="もしもし") as (_, openai, _):
+        await openai.sends("session.updated", session=openai.config)
+        await openai.ends()
+        await openai.caught_up()
+        assert openai.creates == 1
+    assert "could not be handled" not in caplog.text
+
+
 async def test_the_session_is_set_up_in_ga_form_for_a_telephone() -> None:
     async with a_line() as line:
         await line.caller().dials()
@@ -1585,11 +1600,11 @@ async def test_a_model_that_cannot_be_reached_for_8_s_ends_in_an_apology(monkeyp
         await hears_an_apology(line, twilio)
 
 
-@pytest.mark.parametrize(("status", "dials"), [(401, 2), (404, 2), (429, 3), (503, 3)])
+@pytest.mark.parametrize(("status", "dials"), [(400, 2), (401, 2), (404, 2), (408, 3), (425, 3), (429, 3), (503, 3)])
 async def test_a_dial_that_openai_refuses_is_repeated_only_if_the_http_status_says_later(
     status: int, dials: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bridge.Call, "DIAL_PAUSE_S", 0.01)
+    monkeypatch.setattr(bridge.Call, "DIAL_PAUSE_S", 0.15)
     monkeypatch.setattr(bridge.Call, "SESSION_TIMEOUT_S", 0.5)
     asked: list[str] = []
 
@@ -1602,7 +1617,10 @@ async def test_a_dial_that_openai_refuses_is_repeated_only_if_the_http_status_sa
         async with a_line(openai_realtime_url=f"ws://127.0.0.1:{port}/") as line:
             twilio = await line.caller().calls()
             await hears_an_apology(line, twilio)
+            error = line.hooks.facts("model_failed")[0]["error"]
     assert min(len(asked), 3) == dials, "once at the webhook and, unless that is still known, once at the stream"
+    assert len(asked) <= 4, "with a pause between"
+    assert ("OPENAI_API_KEY" in error) == (status == 401)
 
 
 @pytest.mark.parametrize(
@@ -1760,6 +1778,22 @@ async def test_words_that_come_after_the_answer_to_them_are_told_to_the_next_ses
         assert [item["content"][0]["text"] for item in items] == ["天気は。", "晴れです。"]
 
 
+async def test_a_session_that_is_dead_without_a_word_is_found_in_10_s_and_dialled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bridge_connect = bridge.connect
+
+    def hurried(*arguments: Any, **options: Any) -> Any:
+        assert options["ping_interval"] + options["ping_timeout"] == 10
+        return bridge_connect(*arguments, **{**options, "ping_interval": 0.1, "ping_timeout": 0.1})
+
+    monkeypatch.setattr(bridge, "connect", hurried)
+    async with a_call() as (_, openai, line):
+        openai.socket.transport.pause_reading()
+        await line.openai.session(within_s=2)
+        openai.socket.transport.abort()
+
+
 @pytest.mark.parametrize("code", [1000, 1001, 1006, 1011, 1012])
 async def test_a_lost_session_is_dialled_again_with_what_was_said_and_heard(code: int) -> None:
     async with a_call() as (twilio, openai, line):
@@ -1769,6 +1803,7 @@ async def test_a_lost_session_is_dialled_again_with_what_was_said_and_heard(code
         else:
             await openai.socket.close(code)
         again = await line.openai.session(within_s=2)
+        assert re.fullmatch(rf".* lost \({code}.*\): dialling again", line.hooks.facts("model_failed")[0]["error"])
         texts = [(await again.gets("conversation.item.create"))["item"] for _ in range(3)]
         assert [item["role"] for item in texts] == ["user", "assistant", "user"]
         assert [item["content"][0]["type"] for item in texts] == ["input_text", "output_text", "input_text"]
@@ -3143,10 +3178,10 @@ async def test_a_very_long_message_of_the_models_is_delivered_and_so_is_what_fol
     async with a_call() as (twilio, openai, _):
         await openai.begins()
         await openai.speaks(voice(100, 1), "a")
-        await openai.speaks(voice(9000, 2), "a", delta_ms=9000)  # a frame of 96 KB, with a length of 64 bits
+        await openai.speaks(voice(120_000, 2), "a", delta_ms=120_000)  # a frame of 1.3 MB
         await openai.speaks(voice(100, 3), "a")
-        await until(lambda: len(twilio.sent_to_it()) == 8 * 9200)
-        assert twilio.sent_to_it() == voice(100, 1) + voice(9000, 2) + voice(100, 3)
+        await until(lambda: len(twilio.received) > 600 and len(twilio.sent_to_it()) == 8 * 120_200)
+        assert twilio.sent_to_it() == voice(100, 1) + voice(120_000, 2) + voice(100, 3)
 
 
 async def test_messages_to_the_model_arrive_whole_at_every_length_and_each_has_a_mask_of_its_own() -> None:
