@@ -1491,6 +1491,8 @@ async def test_when_the_transcription_is_refused_the_session_goes_on_without_it(
         openai = await line.openai.session()
         again = await openai.gets("session.update")
         assert "transcription" not in again["session"]["audio"]["input"]
+        await until(lambda: line.hooks.facts("model_failed"))
+        assert line.hooks.facts("model_failed")[0]["error"].endswith(": trying without transcription")
         await openai.says(voice(100))
         await until(lambda: twilio.heard_so_far() == voice(100))
         await twilio.hangs_up()
@@ -1558,6 +1560,19 @@ async def test_a_session_that_openai_refuses_ends_in_an_apology() -> None:
         twilio = await line.caller().calls()
         await hears_an_apology(line, twilio)
         assert "made_up" in line.hooks.facts("model_failed")[0]["error"]
+
+
+async def test_a_session_that_is_refused_without_transcription_too_ends_in_an_apology() -> None:
+    async with a_line() as line:
+        line.openai.expected_errors = {"invalid_value"}
+
+        async def refuses(session: PretendSession) -> None:
+            session.updates = lambda _: session.refuses("invalid_value", "no transcription here")  # type: ignore
+            await session.run()
+
+        line.openai.on_dial = refuses
+        await hears_an_apology(line, await line.caller().calls())
+        assert line.openai.sessions[0].types() == ["session.update"] * 2
 
 
 @pytest.mark.parametrize("way", ["input", "output"])
@@ -1905,6 +1920,17 @@ async def test_a_greeting_of_a_session_that_was_lost_before_the_stream_is_heard_
         await until(lambda: len(twilio.heard_so_far()) == 1600 and not twilio.queue)
         assert twilio.sent_to_it() == voice(200, 2)
         await twilio.hangs_up()
+
+
+async def test_a_greeting_that_was_heard_is_not_asked_for_again_by_the_next_session() -> None:
+    async with a_call(greeting="もしもし") as (_, openai, line):
+        await openai.says(voice(60), "もしもし")
+        await until(lambda: line.hooks.facts("model_said"))
+        openai.socket.transport.abort()
+        again = await line.openai.session()
+        await again.gets("conversation.item.create")
+        await again.caught_up()
+        assert again.creates == 0
 
 
 async def test_a_turn_that_the_lost_session_was_about_to_answer_is_answered_by_the_next_without_waiting(
@@ -2460,6 +2486,29 @@ async def test_where_openai_interrupts_by_itself_the_bridge_sends_no_cancel() ->
         await openai.hears_speech()
         await openai.caught_up()
         assert "response.cancel" not in openai.types()
+
+
+async def test_a_server_that_does_not_say_whether_it_interrupts_does() -> None:
+    async with a_line(greeting="") as line:
+
+        async def is_terse(session: PretendSession) -> None:
+            sends = session.sends
+
+            async def tersely(kind: str, **content: Any) -> None:
+                await sends(kind, **({"session": {}} if kind == "session.updated" else content))
+
+            session.sends = tersely  # type: ignore[method-assign]
+            await session.run()
+
+        line.openai.on_dial = is_terse
+        twilio = await line.caller().calls()
+        openai = await line.openai.session()
+        await until(lambda: line.hooks.calls, why="the call to start")
+        await openai.begins()
+        await openai.hears_speech()
+        await openai.caught_up()
+        assert "response.cancel" not in openai.types()
+        await twilio.hangs_up()
 
 
 NO_INTERRUPT = {"audio": {"input": {"turn_detection": {"interrupt_response": False}}}}
