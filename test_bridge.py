@@ -2944,7 +2944,7 @@ async def test_a_quota_that_is_used_up_in_the_middle_of_a_call_ends_in_an_apolog
 # ── 9 The end ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
+async def test_hanging_up_waits_until_the_goodbye_has_been_heard(caplog: pytest.LogCaptureFixture) -> None:
     async with a_call() as (twilio, openai, line):
         await openai.begins()
         await openai.speaks(voice(500))
@@ -2955,6 +2955,7 @@ async def test_hanging_up_waits_until_the_goodbye_has_been_heard() -> None:
         assert "<Hangup/>" in await twilio.next()
         assert twilio.heard_so_far() == voice(500) + voice(300, 2)
         assert line.hooks.facts("call_ended") == [{"reason": "hung up"}]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_hanging_up_waits_for_an_answer_that_has_not_sounded_yet_and_not_longer() -> None:
