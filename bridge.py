@@ -514,7 +514,6 @@ class Bridge:
                 log.warning("a stream from %s was closed: it sent no start in %g s", twilio.peer, START_TIMEOUT_S)
             started.cancel()
             await twilio.close_soon(1008)  # policy violation
-        closed.cancel()
 
     def start_stream(self, twilio: TwilioLeg, started: asyncio.Future[Any], message: bytes) -> None:
         """Twilio's first messages: `connected`, then `start`, which must bring the token."""
@@ -625,7 +624,7 @@ class Call:
         self.early_events: list[tuple[str, float, dict[str, Any]]] = []  # for hooks, from before the stream
         self.early_speech: list[bytes] = []  # what OpenAI sent of the greeting before the stream
 
-        self.openai: OpenAILeg | None = None  # None until the first is connected, and after a loss; may be closed
+        self.openai: OpenAILeg | None = None  # None until the first is connected; may be closed
         self.session_number = 0  # 1 for the first session that was connected, one more for each after it
         # OpenAI's answer to our session.update: "" when it is granted, else why it is refused.
         self.verdict: asyncio.Future[str] | None = None
@@ -695,7 +694,7 @@ class Call:
             await self.close_both_sides()
         for item in list(self.items.values()):  # what was still being said
             item.complete = True
-            if item.ends > heard and item.heard_ms is None:
+            if item.ends > heard:
                 item.heard_ms = max(0, heard - item.begins) // 8
             self.settle(item)
         if self.ears_dropped_ms:
@@ -772,7 +771,7 @@ class Call:
                     raise ModelLost(f"{why}, and the one before it {self.LOST_AGAIN_S:g} s ago or less")
                 lost_at = self.loop.time()
                 self.forget_session()
-                self.openai, self.early_speech = None, []  # what was not heard was not said
+                self.early_speech = []  # what was not heard was not said
                 self.emit("model_failed", error=f"{why}: dialling again")
         except TimeoutError:
             self.give_up(f"no session within {self.SESSION_TIMEOUT_S:g} s")
@@ -827,11 +826,10 @@ class Call:
             await asyncio.wait([verdict, closed], return_when=asyncio.FIRST_COMPLETED)
         finally:
             closed.cancel()
-        if verdict.done() and not verdict.result():
-            return True
-        await openai.close_soon()
         if verdict.done():
-            raise ModelLost(verdict.result())
+            if verdict.result():
+                raise ModelLost(verdict.result())
+            return True
         if openai.close_code in self.FINAL_CLOSES:
             raise ModelLost(f"OpenAI closed with {openai.close_code} {openai.close_reason}")
         self.log(logging.WARNING, "OpenAI closed (%s) before the session was set up", openai.close_code)
@@ -900,7 +898,6 @@ class Call:
         self.forget_session()
         if self.openai is not None:
             self.openai.ignore()
-        self.never_mind("holes")
         self.end_when_heard("model lost", say_and_hang_up(APOLOGY))
 
     def remember(self, item_id: str, role: str, text: str) -> None:
@@ -1178,19 +1175,19 @@ class Call:
         self.to_twilio(self.twilio_message("clear"))
         self.marks.clear()
         self.played = self.sent  # nothing is out any more, so `settle` need not wait
-        unheard = [item for item in self.items.values() if item.ends > heard and item.heard_ms is None]
+        unheard = [item for item in self.items.values() if item.ends > heard]
         for item in unheard:
             self.truncate(item, heard)
         if unheard:
             begins = unheard[0].begins
-            self.emit("model_interrupted", heard_ms=max(0, heard - begins) // 8, sent_ms=(self.sent - begins) // 8)
+            self.emit("model_interrupted", heard_ms=(heard - begins) // 8, sent_ms=(self.sent - begins) // 8)
         for item in list(self.items.values()):
             self.settle(item)
         self.end_if_heard()
 
     def truncate(self, item: Item, heard: int) -> None:
         item.heard_ms = (min(max(heard, item.begins), item.ends) - item.begins) // 8
-        if item.session_number == self.session_number and self.ready:
+        if item.session_number == self.session_number:
             cut_at = {"content_index": item.content_index, "audio_end_ms": item.heard_ms}
             self.to_openai("conversation.item.truncate", item_id=item.id, **cut_at)
 
@@ -1246,7 +1243,6 @@ class Call:
             self.create_wanted = b""
         self.create_answered, self.create_sent = self.create_sent or self.CREATE_RESPONSE, b""
         self.spoke = self.holding = False
-        self.never_mind("hold")
         if self.caller_speaking:  # it would talk over the caller, whose turn will be answered anyhow
             self.interrupted.add(response_id)
             self.to_openai("response.cancel", response_id=response_id)
@@ -1264,13 +1260,15 @@ class Call:
             self.response_failed(error)
         else:
             self.emit("model_failed", error=f"{text}: the call goes on")
-            if code == self.ALREADY_ACTIVE and (names_ask or self.create_sent):
+            if names_ask or (self.create_sent and code == self.ALREADY_ACTIVE):
                 self.asked_too_late()
 
     def asked_too_late(self) -> None:
         """OpenAI was beginning an answer by itself: it takes a greeting's place; all else is asked for after it."""
         refused = self.create_sent or self.create_answered
         self.create_sent, self.create_answered = b"", self.CREATE_RESPONSE
+        if not self.response_id:
+            self.hold(self.ANSWER_COMES_S)
         if refused == self.CREATE_RESPONSE:
             self.ask(refused)
 
@@ -1300,7 +1298,7 @@ class Call:
                 self.failures = 0
                 self.forget_turn()
                 if function_calls:
-                    task = asyncio.create_task(self.use_tools(function_calls))
+                    task = asyncio.create_task(self.use_tools(function_calls, self.spoke))
                     self.tools.add(task)
                     task.add_done_callback(self.tools_done)
             case "failed":
@@ -1324,9 +1322,8 @@ class Call:
             self.hold(pause_s)
             self.ask(self.create_answered)
 
-    async def use_tools(self, function_calls: list[dict[str, Any]]) -> None:
-        """Run what the model called, side by side; then let it speak, once."""
-        spoke = self.spoke
+    async def use_tools(self, function_calls: list[dict[str, Any]], spoke: bool) -> None:
+        """Run what the model called, side by side; then let it speak, once. Had it spoken in the answer that called?"""
         await asyncio.gather(*(self.use_tool(function_call) for function_call in function_calls))
         if not (self.ending and spoke):  # it has said goodbye already
             self.ask(self.CREATE_RESPONSE)
@@ -1634,10 +1631,10 @@ class TwilioLeg(Leg, ServerConnection):
         elif (length := int(lengths.pop())) > FORM_LIMIT:
             self.refuse(413, f"the body may have {FORM_LIMIT} bytes")
         else:
-            kept = [h[0] for h in headers if h and h[1].lower() not in (b"content-length", b"expect")]
+            kept = [h[0] for h in headers if h and h[1].lower() != b"content-length"]
             self.head = b"\r\n".join([request_line, *kept, b"", b""])
             self.form_length, self.unread = length, rest
-            if len(rest) < length and values(b"expect") == {b"100-continue"} and request_line.endswith(b"1.1"):
+            if values(b"expect") == {b"100-continue"} and request_line.endswith(b"1.1"):
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hand_on(self, head: bytes, rest: bytes = b"") -> None:

@@ -2713,6 +2713,31 @@ async def test_an_answer_that_begins_while_the_caller_is_speaking_is_cancelled_a
         assert twilio.received == []
 
 
+async def test_a_refusal_that_comes_before_the_answer_it_names_is_not_answered_with_a_storm_of_asks() -> None:
+    async with a_call() as (_, openai, line):
+        line.openai.expected_errors.add("conversation_already_has_active_response")
+        line.call.tell_model("何か")
+        openai.response = "resp_own"  # begun, and its response.created comes a moment after the error
+        await until(lambda: openai.creates)
+        await asyncio.sleep(0.1)
+        await openai.begins("resp_own")
+        await openai.ends()
+        await until(lambda: openai.response)
+        assert openai.creates == 2
+
+
+async def test_what_a_hook_tells_is_asked_for_again_when_it_was_refused_in_any_way_while_openai_answered() -> None:
+    async with a_call() as (_, openai, line):
+        line.openai.answers_creates = False
+        line.call.tell_model("何か")
+        await until(lambda: openai.creates)
+        await openai.begins()  # by itself
+        error = {"type": "x", "code": "rate_limit_exceeded", "message": "slow down", "event_id": "ask"}
+        await openai.sends("error", error=error)
+        await openai.ends()
+        await until(lambda: openai.creates == 2)
+
+
 # ── 8 Answering: tools ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -2760,6 +2785,25 @@ async def test_a_tool_holds_up_neither_audio_nor_barge_in() -> None:
         assert openai.creates == 0, "the caller is in the middle of a sentence"
         await openai.hears_silence("u1")
         await openai.gets("response.create")
+
+
+async def test_a_model_that_hung_up_without_a_word_is_asked_for_a_goodbye_also_when_it_has_spoken_since() -> None:
+    async with a_call() as (_, openai, line):
+        done = asyncio.Event()
+
+        async def results(call: Any, *_: Any) -> str:
+            await done.wait()
+            call.hang_up()
+            return str(await asyncio.sleep(0.05, "ok"))
+
+        line.hooks.results = results
+        await openai.calls_tools(a_function_call("hang_up"))
+        await openai.hears_silence(await openai.hears_speech())
+        await openai.says(voice(20))
+        await until(lambda: line.hooks.facts("model_said"))
+        done.set()
+        await openai.gets("conversation.item.create")
+        await openai.gets("response.create", 2)
 
 
 async def test_tools_of_a_cancelled_answer_and_incomplete_calls_are_never_run() -> None:
