@@ -170,10 +170,10 @@ def read_object(name: str, value: str) -> dict[str, Any]:
 def why_wrong(settings: Settings) -> str:
     """What the start would fail on later, or a call; "" when all is well."""
     base, url = settings.public_base_url, settings.openai_realtime_url
-    if base and not re.fullmatch(r"https://[^/:?#@\s]+(:\d{1,5})?(/[^?#\s]*)?", base):
+    if base and not (re.fullmatch(r"https://[^/:?#@\s]+(:\d{1,5})?(/[^?#\s]*)?", base) and may_have_port(base)):
         return f"PUBLIC_BASE_URL is {no_password(base)!r}: give an https address such as https://my-app.fly.dev"
-    if not re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", url):
-        return f"OPENAI_REALTIME_URL is {no_password(url)!r}: give one that begins with wss://"
+    if not (re.fullmatch(r"wss?://[^/?#\s]+([/?][^#\s]*)?", url) and may_have_port(url)):
+        return f"OPENAI_REALTIME_URL is {no_password(url)!r}: give an address such as wss://api.openai.com/v1/realtime"
     if not re.fullmatch("[!-~]*", settings.openai_api_key):  # and an error of the dial would quote it
         return "OPENAI_API_KEY has a character that no key has: copy it again from https://platform.openai.com/api-keys"
     audio = session_update(settings, []).get("audio")
@@ -182,6 +182,14 @@ def why_wrong(settings: Settings) -> str:
         if not isinstance(part, dict) or part.get("format") != {"type": "audio/pcmu"}:
             return f"SESSION changes audio.{way}.format, but a telephone speaks audio/pcmu only: take that out"
     return ""
+
+
+def may_have_port(url: str) -> bool:
+    """Its port, if it names one, is possible: urlsplit finds out only when it is asked."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def no_password(url: str) -> str:
@@ -511,7 +519,10 @@ class Bridge:
             await asyncio.wait([call.life])
         else:
             if not started.done():
-                log.warning("a stream from %s was closed: it sent no start in %g s", twilio.peer, START_TIMEOUT_S)
+                why = (
+                    "closed before its start" if closed.done() else f"closed: it sent no start in {START_TIMEOUT_S:g} s"
+                )
+                log.warning("a stream from %s was %s", twilio.peer, why)
             started.cancel()
             await twilio.close_soon(1008)  # policy violation
 
@@ -692,6 +703,7 @@ class Call:
         finally:
             heard = self.heard()  # now, for the closing takes a while
             await self.close_both_sides()
+        self.played = self.sent  # no mark comes any more, so `settle` need not wait
         for item in list(self.items.values()):  # what was still being said
             item.complete = True
             if item.ends > heard:
@@ -728,7 +740,8 @@ class Call:
             self.emit(event, at, **facts)
         early_speech, self.early_events, self.early_speech = self.early_speech, [], []
         for message in early_speech:
-            self.from_openai(message)
+            assert self.openai is not None
+            self.openai.attempt(self.from_openai, message)
         self.end_if_heard()
 
     def later(self, name: str, delay_s: float, act: Callable[..., object], *arguments: Any) -> None:
@@ -764,7 +777,8 @@ class Call:
                 await openai.wait_closed()
                 if self.given_up:
                     return
-                why = f"the session was lost ({openai.close_code} {openai.close_reason or ''})".replace(" )", ")")
+                closed = f"{openai.close_code} {openai.close_reason}".strip()
+                why = f"the session was lost ({closed})"
                 if openai.close_code in self.FINAL_CLOSES:
                     raise ModelLost(why)
                 if self.loop.time() - lost_at < self.LOST_AGAIN_S:
@@ -810,7 +824,7 @@ class Call:
             if 400 <= status < 500 and status not in (408, 425, 429):  # timeout, too early, too many: they pass
                 hint = ": is OPENAI_API_KEY right?" if status in (401, 403) else ""
                 raise ModelLost(f"OpenAI answered HTTP {status} to the dial{hint}") from None
-            self.log(logging.WARNING, "dialling OpenAI failed, trying again: %s", fault or type(fault).__name__)
+            self.log(logging.WARNING, "dialling OpenAI failed, trying again: %s", str(fault) or type(fault).__name__)
             return None
         assert isinstance(openai, OpenAILeg)
         return openai
@@ -923,7 +937,7 @@ class Call:
 
     HOLE_MS = 40.0  # timestamps that are off by less are jitter
     NO_FRAMES_S = 0.75  # network jitter is shorter
-    LATE_S = 0.1  # a frame that comes so long after the one before it is late: frames come every 20 ms
+    LATE_S = 0.1  # a frame that comes so long after the one before it counts as late: frames come every 20 ms
     PREROLL_MS = 1000.0  # of `ears`, while nobody speaks
     HELD_MS = 30_000.0  # … and at most
     # The form of Twilio's media messages; one of another form is parsed as JSON.
@@ -1205,9 +1219,10 @@ class Call:
     # ── 8 Answering ─────────────────────────────────────────────────────────────────────────────────────────────
     #
     # When the caller has spoken, OpenAI answers by itself. The bridge asks for an answer (response.create) only for the
-    # greeting, after tools, for hooks, and when a response has failed. Only one response may be in progress, and the
-    # caller is not talked over, so what is wanted waits (create_wanted), is sent (create_sent), and is answered by
-    # response.created. When OpenAI answers a turn that ended after that, it is needless: the answer has seen it.
+    # greeting, after tools, for hooks, and when a response has failed or its session was lost. Only one response may be
+    # in progress, and the caller is not talked over: so an ask waits (create_wanted), is sent (create_sent), and is
+    # answered by response.created. An ask that still waits when OpenAI answers a later turn by itself is dropped: that
+    # answer has seen all that the ask was for.
 
     ASK_ID = "ask"  # event_id of each response.create: an error that names it refuses that
     CREATE_RESPONSE = dump({"type": "response.create", "event_id": ASK_ID})
@@ -1323,7 +1338,7 @@ class Call:
             self.ask(self.create_answered)
 
     async def use_tools(self, function_calls: list[dict[str, Any]], spoke: bool) -> None:
-        """Run what the model called, side by side; then let it speak, once. Had it spoken in the answer that called?"""
+        """Run what the model called, side by side; then let it speak, once. `spoke`: it has, in the same answer."""
         await asyncio.gather(*(self.use_tool(function_call) for function_call in function_calls))
         if not (self.ending and spoke):  # it has said goodbye already
             self.ask(self.CREATE_RESPONSE)
@@ -1350,7 +1365,7 @@ class Call:
 
     def tell(self, text: str) -> None:
         """Tell the model something that nobody has said: this session at once, and each later one."""
-        self.remember(f"told {time.monotonic()}", "system", text)
+        self.remember(f"told {secrets.token_hex(8)}", "system", text)
         if self.ready:
             self.add_text("system", text)
 
@@ -1442,8 +1457,8 @@ class Leg(Connection):
         self.deliver: Callable[[bytes], object] | None = None
         self.early: list[bytes] = []  # messages from the instant between handshake and handler
         self.parts: list[bytes] = []  # of a message that comes in several frames; max_size bounds their sum
-        self.cutting = False  # from the end of the handshake on, as long as nothing odd comes
-        self.cut_off = b""  # the beginning of a frame whose end has not come
+        self.cutting = False  # we cut the frames ourselves: from the handshake on, until something odd comes
+        self.cut_off = b""  # bytes not yet dealt with: a frame's beginning, or what came before our 101
         self.masks = b""  # random bytes, 4 for each frame that we mask; drawn 1024 at a time
         self.stalled = False  # the peer has stopped reading, and MAX_UNSENT was reached
 
@@ -1501,12 +1516,16 @@ class Leg(Connection):
     def handle(self, message: bytes) -> None:
         if self.deliver is None:
             self.early.append(message)
-            return
+        else:
+            self.attempt(self.deliver, message)
+
+    def attempt(self, act: Callable[[bytes], object], message: bytes) -> None:
         try:
-            self.deliver(message)
+            act(message)
         except Exception:  # the message is not what the protocol says, or we are wrong: the call goes on without it
             kind = re.search(rb'"(event|type)":\s*"[\w.]+"', message)  # no more of it: it may hold a number, or a token
-            log.exception("a message of %s could not be handled: %d bytes, %s", self.side, len(message), kind)
+            named = kind[0].decode() if kind else "of no type"
+            log.exception("a message of %s could not be handled: %d bytes, %s", self.side, len(message), named)
 
     def send_now(self, *messages: bytes) -> None:
         """Send text frames, for both sides refuse binary ones: `await self.send(message)` without its wait."""
@@ -1548,33 +1567,33 @@ HEAD_LIMIT = 16 << 10  # bytes of a handshake's or request's head
 class OpenAILeg(Leg, ClientConnection):
     side = "openai"
     masks_ours = True
-    head: bytes | None = b""  # of OpenAI's answer to our handshake, until it is complete
+    unread: bytes | None = b""  # what has come of OpenAI's answer to our handshake; None once it has been handed on
 
     def data_received(self, data: bytes) -> None:
-        if self.head is None:
+        if self.unread is None:
             super().data_received(data)
             return
-        self.head += data
-        head, blank_line, rest = self.head.partition(b"\r\n\r\n")
+        self.unread += data
+        head, blank_line, rest = self.unread.partition(b"\r\n\r\n")
         if blank_line or len(head) > HEAD_LIMIT:
-            self.head = None
+            self.unread = None
             super().data_received(head + blank_line)
             self.cutting = self.state is State.OPEN  # or it is a refusal, whose rest is text for websockets
             super().data_received(rest)
 
 
 FORM_LIMIT = 64 << 10  # bytes of a webhook's body; Twilio's are about 1 KB
-FORM_TIMEOUT_S = 5.0  # a body that has not come by then is answered 408
+FORM_TIMEOUT_S = 5.0  # from a request's first byte; one that is not complete by then is answered 408
 # A stranger chooses the line: if the pattern could match it in several ways, trying them all would take for ever.
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 
 
 class TwilioLeg(Leg, ServerConnection):
-    """Twilio's side: a webhook's POST, or the media stream.
+    """Twilio's side: any HTTP request to the port, or the media stream.
 
     websockets parses only requests without a body, and a webhook's POST always has one. So the bytes of a request are
     kept until its head and body are complete; websockets gets the head without the headers that announce the body.
-    `process_request` then finds the body in `form_body`, or a status to refuse with in `refusal`.
+    `Bridge.route` then finds the body in `form_body`, or in `refusal` why the request is refused.
     """
 
     side = "twilio"
@@ -1608,7 +1627,7 @@ class TwilioLeg(Leg, ServerConnection):
             self.hand_on(self.head, self.unread[self.form_length :])
 
     def read_head(self, head: bytes, blank_line: bytes, rest: bytes) -> None:
-        """What websockets would drop without a word is refused here; how long the body is, only we know."""
+        """Refuse what websockets would drop without a word, and note how long the body is."""
         if len(head) > HEAD_LIMIT:
             self.refuse(431, f"the head of a request may have {HEAD_LIMIT} bytes")
             return
@@ -1671,6 +1690,9 @@ class NoHooks:
 
     def listens(self, event: str) -> bool:
         return False
+
+    async def run_tool(self, call: Call, name: str, arguments: str) -> str:
+        return f"Error: there is no tool named {name}."
 
     def close(self, timeout_s: float) -> None:
         pass
@@ -1736,13 +1758,13 @@ async def measure_loop_delay(bridge: Bridge) -> None:
         bridge.loop_delays_ms.append((time.monotonic() - due) * 1000)
 
 
-BATCH_ABOVE_CALLS, BATCH_S = 100, 0.0005  # below, frames are too rare for a look to find several
+BATCH_ABOVE_CALLS, BATCH_S = 100, 0.0005  # with fewer calls, one look seldom finds several frames
 
 
 async def batch_reads(bridge: Bridge) -> None:
     """With many calls, look at the sockets every half millisecond only: then one look finds several frames.
 
-    At 200 calls that saves a fifth of the CPU, and makes a frame some 2 ms later; hooks' threads run meanwhile.
+    At 200 calls that saves a fifth of the CPU, and delays a frame by some 2 ms; hooks' threads run meanwhile.
     """
     while True:
         if len(bridge.calls) > BATCH_ABOVE_CALLS:
@@ -1761,11 +1783,9 @@ async def drain(bridge: Bridge) -> None:
     """Let the calls end by themselves, then end them; and go on answering until Twilio has asked /twilio/next."""
 
     async def wait_for(done: Callable[[], bool], limit_s: float) -> None:
-        looks_per_s = 20
-        for _ in range(int(limit_s * looks_per_s)):
-            if done():
-                break
-            await asyncio.sleep(1 / looks_per_s)
+        until = time.monotonic() + limit_s
+        while not done() and time.monotonic() < until:  # noqa: ASYNC110 - there is no one event to wait for
+            await asyncio.sleep(0.05)
 
     await wait_for(lambda: not bridge.calls, bridge.settings.drain_seconds)
     for call in list(bridge.calls.values()):

@@ -726,7 +726,10 @@ def clean(env: dict[str, str]) -> dict[str, str]:
         ("PUBLIC_BASE_URL", "https://my-app.fly.dev/?x=y"),
         ("PUBLIC_BASE_URL", "https://sk-secret@my-app.fly.dev"),
         ("OPENAI_REALTIME_URL", "wss://api.openai.com/v1/realtime#x"),
+        ("PUBLIC_BASE_URL", "https://my-app.fly.dev:99999"),
         ("OPENAI_REALTIME_URL", "https://api.openai.com/v1/realtime"),
+        ("OPENAI_REALTIME_URL", "wss://api.openai.com:99999/v1/realtime"),
+        ("OPENAI_REALTIME_URL", "wss://[::1/v1/realtime"),
         ("PUBLIC_BASE_URL", "http://user:@sk-secret@my-app.fly.dev"),
         ("OPENAI_REALTIME_URL", "https://user:sk-secret@api.openai.com/v1/realtime"),
         ("HOOKS", "log,lgo"),
@@ -776,6 +779,22 @@ async def test_a_webhook_that_names_no_call_is_answered_and_nothing_is_dialled_f
     async with a_line() as line:
         assert "<Stream" in (await http(line.port, "POST", "/twilio/voice", "From=%2B81"))[2]
         assert not line.bridge.calls
+
+
+async def test_an_early_event_that_is_not_as_documented_costs_the_caller_nothing_else_of_the_greeting() -> None:
+    async with a_line(greeting="もしもし") as line:
+        twilio = await line.caller().dials()
+        openai = await line.openai.session()
+        await openai.asked()
+        item = await openai.speaks(voice(100, 1))
+        await openai.sends("response.output_audio_transcript.done", item_id=item)  # without its transcript
+        await openai.speaks(voice(100, 2), item)
+        await openai.ends()
+        await openai.caught_up()
+        await twilio.opens()
+        await until(lambda: twilio.heard_so_far() == voice(100, 1) + voice(100, 2))
+        assert not line.call.response_id
+        await twilio.hangs_up()
 
 
 async def test_a_webhook_that_is_delivered_twice_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1362,6 +1381,17 @@ async def test_how_much_was_heard_of_the_last_words_is_measured_at_the_hanging_u
         await until(lambda: line.hooks.facts("call_ended"), 2)
         assert line.hooks.facts("model_said")[0]["heard_ms"] < 198
         openai.socket.transport.abort()
+
+
+async def test_the_last_words_are_told_also_when_the_caller_hangs_up_while_their_mark_is_on_its_way() -> None:
+    async with a_call() as (twilio, openai, line):
+        twilio.returns_mark = lambda name: None  # type: ignore[method-assign]
+        await openai.says(voice(100), "はい。")
+        await until(lambda: len(twilio.sent_to_it()) == 800)
+        await asyncio.sleep(0.2)
+        await twilio.hangs_up()
+        await until(lambda: line.hooks.facts("call_ended"))
+        assert line.hooks.facts("model_said") == [{"text": "はい。", "heard_ms": None}]
 
 
 async def test_what_the_model_sends_while_the_call_is_being_closed_begins_nothing_anew() -> None:
@@ -2739,6 +2769,17 @@ async def test_what_a_hook_tells_is_asked_for_again_when_it_was_refused_in_any_w
 
 
 # ── 8 Answering: tools ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_without_hooks_a_model_that_calls_a_tool_is_told_that_there_is_none() -> None:
+    assert "no tool named a" in await bridge.NoHooks().run_tool(None, "a", "{}")  # type: ignore[arg-type]
+    shared = {name for name in vars(bridge.NoHooks) if not name.startswith("_")}
+    assert {name for name in dir(Spy()) if not name.startswith("_")} & {
+        "emit",
+        "listens",
+        "run_tool",
+        "close",
+    } <= shared
 
 
 async def test_several_tools_run_side_by_side_and_then_the_model_is_asked_once() -> None:
