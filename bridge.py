@@ -519,10 +519,8 @@ class Bridge:
             await asyncio.wait([call.life])
         else:
             if not started.done():
-                why = (
-                    "closed before its start" if closed.done() else f"closed: it sent no start in {START_TIMEOUT_S:g} s"
-                )
-                log.warning("a stream from %s was %s", twilio.peer, why)
+                why = "before its start" if closed.done() else f"for it sent no start in {START_TIMEOUT_S:g} s"
+                log.warning("a stream from %s was closed %s", twilio.peer, why)
             started.cancel()
             await twilio.close_soon(1008)  # policy violation
 
