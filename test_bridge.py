@@ -4186,6 +4186,13 @@ def test_each_command_in_the_readme_is_one_that_its_program_takes(monkeypatch: p
     assert [command for command in commands if not understood(command.replace("sk-…", "sk-1"), monkeypatch)] == []
 
 
+def test_the_way_of_a_frame_in_the_readme_is_that_of_the_code() -> None:
+    way = (HERE / "README.md").read_text().split("## How it works")[1].split("```")[1]
+    code = (HERE / "bridge.py").read_text()
+    named = re.findall(r"\b(?:(Leg|Call)\.)?([a-z]+_[a-z_]+|hear|play)\b", re.sub('"[^"]*"', "", way))
+    assert len(named) > 8 and [name for _, name in named if f"    def {name}(" not in code] == []
+
+
 def test_the_readme_has_a_line_on_each_hook_file() -> None:
     readme = (HERE / "README.md").read_text()
     files = [name for name in shipped(HERE / "hooks") if name.endswith(".py") and name[0] != "_"]
