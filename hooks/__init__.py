@@ -111,8 +111,6 @@ class Host:
                 file.listen(event, function)
         for event in file.handlers:
             self.handled[event].append(file)
-        if not (file.handlers or tools or pages or hasattr(module, "STAND_IN")):
-            log.warning("hooks/%s.py handles no event: a function is called at the event it is named after", name)
         for function in tools:
             try:
                 schema = tool_schema(function)

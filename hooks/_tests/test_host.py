@@ -203,14 +203,6 @@ async def test_one_function_may_have_the_names_of_several_events(load: LoadFiles
     assert call.did == [0, 2] and host.listens("caller_spoke")
 
 
-def test_a_file_that_handles_no_event_and_offers_nothing_is_named_in_a_warning(
-    load: LoadFiles, caplog: pytest.LogCaptureFixture
-) -> None:
-    load(mine="def on_hangup(call): pass", helper="def call_started(call): pass")
-    (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "hooks/mine.py handles no event" in line
-
-
 def test_an_event_that_no_file_handles_is_listened_to_by_nobody(load: LoadFiles, hooks_host: ModuleType) -> None:
     host = load(a="def caller_audio(call, mulaw): pass", b="from linecache import clearcache as model_audio")
     assert [event for event in hooks_host.EVENTS if host.listens(event)] == ["caller_audio"]
