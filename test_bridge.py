@@ -3966,6 +3966,13 @@ async def test_beside_somebody_elses_hooks_folder_none_of_its_files_is_run(tmp_p
         assert (await http(bridge_process.port, "GET", "/health"))[0] == 200
 
 
+async def test_the_start_with_no_setting_warns_of_the_stand_in_and_of_nothing_else(tmp_path: Path) -> None:
+    async with a_process(tmp_path / "log", OPENAI_API_KEY="", OPENAI_REALTIME_URL="") as bridge_process:
+        await until(lambda: "listening" in bridge_process.log.read_text())
+    warned = [line["logger"] for line in bridge_process.log_lines() if line.get("level") not in ("INFO", None)]
+    assert warned == ["offline"]
+
+
 async def test_without_a_key_a_stand_in_on_this_computer_answers(tmp_path: Path) -> None:
     async with a_process(
         tmp_path / "log", OPENAI_API_KEY="", OPENAI_REALTIME_URL="", HOOKS="offline"
