@@ -1,118 +1,214 @@
-"""Writes what happens to standard output, one JSON object a line, so that a call can be followed afterwards.
+"""Shows what happens in every call: on a terminal for people, elsewhere as JSON lines for programs.
+
+    17:09:04 a1b2c3 call       +81******5678 → +81*****0000
+    17:09:05 a1b2c3 model ◂    はい、鈴木です。  (0.27 s)
+    17:09:09 a1b2c3 caller ▸   明日の東京の天気は？
 
     fly logs | grep CA0123…
-    {"ts": "2026-11-23T07:46:05.120Z", "call": "CA0123…", "event": "caller_said", "text": "もしもし"}
+    {"ts": "2026-11-27T08:09:05.120Z", "call": "CA0123…", "event": "caller_said", "text": "はい"}
 
-These are all events but the audio, with the words of both sides: take out of EVENTS what must not be in a log. What the
-bridge, the hooks and the libraries log comes as {"ts", "level", "logger", "message"}, perhaps with a "traceback".
+The bridge writes all log lines to standard error; this file gives them their form. As text, there
+is a line for each utterance, with the wait for it (latency.py) and what was not heard behind ✂. As
+JSON, there are all events but those in NOT_LOGGED, and other lines as {"ts", "level", "logger",
+"message"} with their numbers, and perhaps a "traceback"; what a hook prints comes as such a line.
 
-    LOG_NUMBERS=full    telephone numbers in full; otherwise only their last four digits are shown
+    LOG_FORMAT=text     or json; not set: text when standard error is a terminal
+    LOG_NUMBERS=full    telephone numbers in full; otherwise only their last four digits
+    NO_COLOR=1          no colours on a terminal
 
-Nothing is stored, and secrets are blotted out. No call waits for whoever reads standard output: events wait in this
-file's own thread, and log lines that find the queue full are dropped and counted.
+Nothing is stored, and secrets are blotted out.
 """
 
+import io
 import json
 import logging
 import os
-import queue
 import re
-import threading
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
-log = logging.getLogger("log")
+log = logging.getLogger("call")
 
-EVENTS = ["call_started", "model_asked", "caller_spoke", "caller_paused", "caller_said", "model_spoke", "model_said"]
-EVENTS += ["model_interrupted", "model_used", "model_failed", "tool_used", "key_pressed", "call_ended"]
+NOT_LOGGED = {"model_words"}  # model_said has the same words
 
+LOG_FORMAT = os.environ.get("LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
+if LOG_FORMAT not in ("text", "json"):
+    sys.exit(f"LOG_FORMAT is {LOG_FORMAT!r}: give text or json")
 LOG_NUMBERS = os.environ.get("LOG_NUMBERS", "")
-NUMBER = re.compile(r"(?<![\w.])(\+[1-9]([ -]?\d){6,14}|0(-?\d){9,10})(?!\d)", re.ASCII)  # +81312345678, 03-1234-5678
-SECRETS = [r"\b\d{10}\.[0-9a-f]{64}\b"]  # the token of a stream; and what the environment calls a secret:
-for name, text in os.environ.items():
-    if re.search("_(KEY|TOKEN|SECRET|PASSWORD)$", name) and len(text) >= 8:  # a shorter one may be a plain word
-        SECRETS.append(re.escape(text))
+if LOG_NUMBERS not in ("", "full"):
+    sys.exit(f"LOG_NUMBERS is {LOG_NUMBERS!r}: give full, or leave it out to have numbers masked")
+
+# +81312345678, 03-1234-5678
+NUMBER = re.compile(r"(?<![\w.])(\+[1-9]([ -]?\d){6,14}|0(-?\d){9,10})(?!\d)", re.ASCII)
+SECRETS = [
+    r"\b\d{10}\.[0-9a-f]{64}\b"
+]  # the token of a stream; and what the environment calls a secret:
+for name, value in os.environ.items():
+    if re.search("_(KEY|TOKEN|SECRET|PASSWORD)$", name):
+        for secret in value.split(","):
+            if len(secret) >= 8:  # a shorter one may be a plain word
+                SECRETS += [re.escape(secret), re.escape(json.dumps(secret)[1:-1])]
 SECRET = re.compile("|".join(SECRETS))
 
 
-def mask(text: str) -> str:
+def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
+    """Log the event, with what only the events before it know."""
+    if event in NOT_LOGGED:
+        return
+    if event == "call_started":
+        call.notes["log"] = {"began": at, "sent_ms": {}}
+        caller, called = mask(call.caller), mask(call.called)
+        facts = {"stream_sid": call.stream_sid, "caller": caller, "called": called}
+    notes = call.notes["log"]
+    if event == "model_interrupted":
+        notes["sent_ms"][facts["item"]] = facts["sent_ms"]
+    elif event == "model_said":
+        waits_ms = call.notes["latency"].waits_ms if "latency" in call.notes else {}
+        more = {
+            "sent_ms": notes["sent_ms"].get(facts["item"]),
+            "wait_ms": waits_ms.get(facts["item"]),
+        }
+        facts = facts | {name: round(ms) for name, ms in more.items() if ms is not None}
+    elif event == "call_ended":
+        facts = facts | {"seconds": round(at - notes["began"], 1)}
+    happened = time.time() - (time.monotonic() - at)
+    extra = {"call": call.sid, "event": event, "facts": facts, "happened": happened}
+    if LOG_FORMAT == "json" or event in COLUMNS:
+        log.info(event, extra=extra)
+
+
+def mask(number: str) -> str:
     """All digits but the last four become stars."""
-    return text if LOG_NUMBERS == "full" else re.sub(r"\d(?=(\D*\d){4})", "*", text)
+    return number if LOG_NUMBERS == "full" else re.sub(r"\d(?=(\D*\d){4})", "*", number)
 
 
-def as_line(seconds: float, fields: dict[str, Any]) -> bytes:
-    """One line of JSON; the time is in seconds since 1970."""
-    line = {"ts": datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")}
-    for name, value in fields.items():
-        if isinstance(value, str):
-            value = NUMBER.sub(lambda number: mask(number[0]), SECRET.sub("***", value))
-        line[name] = value
-    text = json.dumps(line, ensure_ascii=False, default=str) + "\n"
-    return text.encode("utf-8", "replace")  # half an emoji, which JSON allows, has no UTF-8
+def clean(text: str) -> str:
+    """Text without secrets and whole telephone numbers."""
+    text = NUMBER.sub(lambda number: mask(number[0]), SECRET.sub("***", text))
+    return text.encode("utf-8", "replace").decode()  # JSON allows half an emoji, UTF-8 does not
 
 
-class Lines(logging.Handler):
-    """Takes lines from any thread; a thread of its own writes them."""
+class Json(logging.Formatter):
+    USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: queue.Queue[bytes | None] = queue.Queue(maxsize=1000)
-        self.dropped = 0
-        self.thread = threading.Thread(target=self.write, name="log", daemon=True)
-        self.thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """A log line, often from the thread that carries all calls: it must neither wait nor raise."""
-        try:
-            fields = {"level": record.levelname, "logger": record.name, "message": record.getMessage()}
-            if record.exc_info:
-                fields["traceback"] = logging.Formatter().formatException(record.exc_info)
-            self.waiting.put_nowait(as_line(record.created, fields))
-        except queue.Full:
-            self.dropped += 1
-        except Exception:
-            self.handleError(record)
-
-    def write(self) -> None:
-        reported = 0
-        while (line := self.waiting.get()) is not None:
-            if (dropped := self.dropped) > reported:
-                text = f"{dropped - reported} log lines were dropped: standard output was not read"
-                line += as_line(time.time(), {"level": "ERROR", "logger": "log", "message": text})
-                reported = dropped
-            with suppress(OSError):  # standard output is closed, or its disk is full: the calls go on
-                while line:
-                    line = line[os.write(1, line) :]  # not sys.stdout: a writer stuck in it would hold its lock
-
-    def close(self) -> None:
-        """At exit: let the last lines out, but do not wait for ever for somebody to read them."""
-        with suppress(queue.Full):
-            self.waiting.put(None, timeout=1)
-            self.thread.join(1)
-        super().close()
+    def format(self, record: logging.LogRecord) -> str:
+        more = {name: value for name, value in vars(record).items() if name not in self.USUAL}
+        created = more.pop("happened", record.created)
+        ts = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
+        line = {"ts": ts.replace("+00:00", "Z")}
+        if "event" in more:
+            line |= {"call": more["call"], "event": more["event"], **more["facts"]}
+        else:
+            line |= {
+                "level": record.levelname,
+                "logger": record.name,
+                "message": record.getMessage(),
+            } | more
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return clean(json.dumps(line, ensure_ascii=False, default=str))
 
 
-lines = Lines()
-logging.getLogger().handlers = [lines]
-if LOG_NUMBERS not in ("", "full"):
-    log.error("LOG_NUMBERS is %r, so numbers are masked: set it to full, or not at all", LOG_NUMBERS)
+# The events that text shows: what stands before their words, and its colour.
+COLUMNS = {
+    "call_started": ("call", "1"),
+    "caller_said": ("caller ▸", "36"),
+    "model_said": ("model ◂", "32"),
+    "tool_used": ("tool", "35"),
+    "key_pressed": ("key", "36"),
+    "model_failed": ("model", "31"),
+    "call_ended": ("call", "1"),
+}
+DIM, STRUCK, RED, YELLOW = "2", "2;9", "31", "33"
+COLOUR = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def handler(event: str) -> Callable[..., None]:
-    """A handler for an event. The host goes by its name, and gives it all that there is to tell, as **facts."""
-
-    def handle(call: Any, at: float, **facts: Any) -> None:
-        if event == "call_started":
-            facts = {"stream": call.stream_sid, "caller": mask(call.caller), "called": mask(call.called)}
-        happened = time.time() - (time.monotonic() - at)
-        lines.waiting.put(as_line(happened, {"call": call.sid, "event": event, **facts}))
-
-    handle.__name__ = event
-    return handle
+def paint(text: str, colour: str) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if COLOUR and colour and text else text
 
 
-for event in EVENTS:
-    globals()[event] = handler(event)
+def plain(text: str) -> str:
+    """What comes from outside must not steer the terminal."""
+    return CONTROL.sub("�", clean(text))
+
+
+def one_line(text: str) -> str:
+    return " ".join(plain(text).split())
+
+
+class Text(logging.Formatter):
+    """Time, the end of the call's id, who, what."""
+
+    INDENT = "\n" + " " * 27
+
+    def format(self, record: logging.LogRecord) -> str:
+        event, sid = getattr(record, "event", ""), getattr(record, "call", "")
+        column, colour = COLUMNS.get(event, (record.name.split(".")[0], DIM))
+        if event:
+            body = self.words(event, getattr(record, "facts", {}))
+        else:
+            body = plain(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            colour = RED if record.levelno >= logging.ERROR else YELLOW
+            body = paint(f"{record.levelname} {body}", colour)
+        if record.exc_info:
+            body += "\n" + plain(self.formatException(record.exc_info))
+        clock = time.strftime(
+            "%H:%M:%S", time.localtime(getattr(record, "happened", record.created))
+        )
+        short = paint(f"{sid[-6:]:6}", str(32 + sum(sid.encode()) % 5))  # a colour for each call
+        start = f"{paint(clock, DIM)} {short} {paint(f'{column:10}', colour)} "
+        return start + body.replace("\n", self.INDENT)
+
+    def words(self, event: str, facts: dict[str, Any]) -> str:
+        remarks = []
+        match event:
+            case "call_started":
+                text = f"{facts['caller']} → {facts['called']}"
+            case "caller_said":
+                text = one_line(facts["text"]) or paint("(no words)", DIM)
+            case "model_said":
+                text = one_line(facts["text"])
+                if "wait_ms" in facts:
+                    remarks.append(f"after {facts['wait_ms'] / 1000:.2f} s")
+                if facts["heard_ms"] is not None:
+                    heard, sent = (ms / 1000 for ms in (facts["heard_ms"], facts.get("sent_ms", 0)))
+                    remarks.append(
+                        f"heard {heard:.1f} of {sent:.1f} s" if sent else f"heard {heard:.1f} s"
+                    )
+                    at = (
+                        round(len(text) * heard / sent) if sent else len(text)
+                    )  # nobody knows it better
+                    text = text[:at] + paint(f" ✂ {text[at:]}", STRUCK)
+            case "tool_used":
+                text = one_line(f"{facts['name']}({facts['arguments']}) → {facts['result']}")[:500]
+                remarks.append(f"{facts['seconds']:.2f} s")
+            case "call_ended":
+                text = f"ended: {one_line(facts['reason'])}"
+                remarks.append(f"{int(facts['seconds']) // 60}:{int(facts['seconds']) % 60:02}")
+            case _:
+                text = one_line(facts.get("key") or facts.get("error") or "")
+        return text + paint(f"  ({', '.join(remarks)})" if remarks else "", DIM)
+
+
+class Printed(io.RawIOBase):
+    """Standard output as log lines: what a hook prints must not tear the JSON."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        for line in bytes(data).decode().splitlines():
+            logging.getLogger("print").info("%s", line)
+        return len(data)
+
+
+for handler in logging.getLogger().handlers:
+    handler.setFormatter(Text() if LOG_FORMAT == "text" else Json())
+if LOG_FORMAT == "json":
+    sys.stdout = io.TextIOWrapper(
+        io.BufferedWriter(Printed()), "utf-8", "replace", line_buffering=True
+    )

@@ -1,24 +1,25 @@
-"""What the tests of several hook files need: the host, a pretend call, and a hook file loaded to be told events."""
+"""What the tests of several hook files need: the host, a pretend call, a loaded hook file."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 HOOKS = Path(__file__).parents[1]
-# Of all hook files. What the environment says of them is taken away, so that a test has just those that it names.
-SETTINGS = """LOG_NUMBERS IDLE_SECONDS KEYS_PAUSE_SECONDS TRANSFER_NUMBERS TRANSCRIPTS TRANSCRIPT_FORMAT RECORDINGS
-    REPORTS BUDGET_PER_CALL_USD BUDGET_PER_DAY_USD WEATHER_URL OPENAI_API_KEY OPENAI_REALTIME_URL
+sys.path.insert(0, str(HOOKS.parent))
+from bridge import Hooks  # noqa: E402
+
+# Of all hook files: taken out of the environment, so that a test has just those that it names.
+SETTINGS = """LOG_FORMAT LOG_NUMBERS NO_COLOR IDLE_SECONDS KEYS_PAUSE_SECONDS TRANSFER_NUMBERS
+    TRANSCRIPTS TRANSCRIPT_FORMAT RECORDINGS REPORTS REPORT_LANGUAGE BUDGET_PER_CALL_USD
+    BUDGET_PER_DAY_USD WEATHER_URL TWILIO_AUTH_TOKEN OPENAI_API_KEY OPENAI_REALTIME_URL
     OPENAI_REALTIME_MODEL"""
 
 TimedEvent = tuple[str, float, dict[str, Any]]
@@ -26,22 +27,32 @@ Event = str | tuple[str, dict[str, Any]] | TimedEvent
 
 
 class PretendCall:
-    """What a hook sees of a call. `did` is what the call was asked to do: a text for the model, "hang_up" …"""
+    """What a hook sees of a call. `did` is what the call was asked to do, such as "hang_up"."""
 
-    def __init__(self, sid: str = "CA1", caller: str = "+819012345678", called: str = "+81312340000") -> None:
+    def __init__(
+        self, sid: str = "CA1", caller: str = "+819012345678", called: str = "+81312340000"
+    ) -> None:
         self.sid, self.stream_sid, self.caller, self.called = sid, "MZ" + sid[2:], caller, called
         self.notes: dict[str, Any] = {}
         self.did: list[str] = []
+        self.played = b""
         self.busy = False  # the model is being heard, or about to speak, or a tool runs
 
     def tell_model(self, text: str) -> None:
         self.did.append(text)
 
-    def hang_up(self) -> None:
-        self.did.append("hang_up")
+    def hang_up(self, final: bool = False) -> None:
+        self.did.append("hang_up final" if final else "hang_up")
 
     def transfer(self, number: str) -> None:
         self.did.append(f"transfer {number}")
+
+    def interrupt(self) -> None:
+        self.did.append("interrupt")
+
+    def play(self, mulaw: bytes) -> None:
+        self.did.append(f"play {len(mulaw)}")
+        self.played += mulaw
 
 
 class Loaded:
@@ -52,14 +63,14 @@ class Loaded:
         self.module: Any = sys.modules[f"_hook_{name}"]
 
     def tell(self, call: PretendCall, *events: Event) -> None:
-        """Events as the bridge tells them: (name, at, facts). Without `at` it is now; a name alone has no facts."""
+        """Events as (name, at, facts). Without `at` it is now; a name alone has no facts."""
         for event in events:
             name, *rest = (event,) if isinstance(event, str) else event
             facts = rest.pop() if rest else {}
             self.host.emit(name, call, rest[0] if rest else time.monotonic(), facts)
 
     async def finish(self) -> None:
-        """Wait until the file has dealt with all that it was told. It hears nothing of what it is told afterwards."""
+        """Wait until the file has dealt with what it was told. Afterwards it is told nothing."""
         await asyncio.to_thread(self.host.close, 5)
 
     async def tell_all(self, call: PretendCall, *events: Event) -> None:
@@ -67,10 +78,14 @@ class Loaded:
         await self.finish()
 
     @property
-    def log(self) -> list[str]:
+    def records(self) -> list[Any]:
         """What the file itself has logged. It has raised nothing."""
         assert not [record.getMessage() for record in self.caplog.records if record.exc_info]
-        return [record.getMessage() for record in self.caplog.records if record.name == self.name]
+        return [record for record in self.caplog.records if record.name == self.name]
+
+    @property
+    def log(self) -> list[str]:
+        return [record.getMessage() for record in self.records]
 
     @property
     def errors(self) -> list[str]:
@@ -90,30 +105,18 @@ def log_lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 LoadHook = Callable[..., Loaded]
 
 
-@pytest.fixture(scope="session")
-def hooks_host() -> ModuleType:
-    """hooks/__init__.py, loaded by its path, as the bridge loads it."""
-    spec = importlib.util.spec_from_file_location("hooks_host", HOOKS / "__init__.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["hooks_host"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def hook(
-    hooks_host: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[LoadHook]:
+def hook(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[LoadHook]:
     """hook("cost", SETTING="…") loads hooks/cost.py with these settings and no others."""
     caplog.set_level(logging.INFO)
     for setting in SETTINGS.split():
         monkeypatch.delenv(setting, raising=False)
-    hosts = []
+    hosts: list[Any] = []
 
     def load(name: str, **settings: Any) -> Loaded:
         for setting, value in settings.items():
             monkeypatch.setenv(setting, str(value))
-        hosts.append(hooks_host.load(HOOKS, name))
+        hosts.append(Hooks(HOOKS, name))
         return Loaded(hosts[-1], name, caplog)
 
     yield load
@@ -121,8 +124,18 @@ def hook(
         host.close(1)
 
 
+def refused(hook: LoadHook, name: str, **settings: Any) -> str:
+    """The line with which a wrong setting of a hook file stops the start."""
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        hook(name, **settings)
+    line = str(stopped.value)
+    assert "\n" not in line and any(f"{setting} is " in line for setting in settings)
+    assert ": give " in line
+    return line
+
+
 def conversation(*steps: str) -> list[TimedEvent]:
-    """Events from lines such as "1.5 caller_said text=はい"; numbers become numbers. Start and end are added."""
+    """Events from lines such as "1.5 caller_said item=a text=はい", between a start and an end."""
     events: list[TimedEvent] = [("call_started", 0.0, {})]
     at = 0.0
     for step in steps:
@@ -130,9 +143,10 @@ def conversation(*steps: str) -> list[TimedEvent]:
         at = float(seconds)
         facts: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
         for name, value in facts.items():
-            facts[name] = None if value == "None" else float(value) if re.fullmatch(r"[\d.]+", value) else value
-        if facts.get("heard_ms") is not None:
-            facts["heard_ms"] = int(facts["heard_ms"])
+            if value == "None":
+                facts[name] = None
+            elif name.endswith(("_ms", "seconds")):
+                facts[name] = float(value) if "." in value else int(value)
         events.append((event, at, facts))
     return [*events, ("call_ended", at + 1, {"reason": "caller hung up"})]
 
