@@ -14,7 +14,19 @@ from typing import Annotated, Any
 from zoneinfo import ZoneInfo, available_timezones
 
 JST = timezone(timedelta(hours=9))  # Japan has no summer time, so it needs no time zone data
-JAPAN = ("", "japan", "jst", "asia/tokyo", "tokyo", "osaka", "kyoto", "日本", "東京", "大阪", "京都")
+JAPAN = (
+    "",
+    "japan",
+    "jst",
+    "asia/tokyo",
+    "tokyo",
+    "osaka",
+    "kyoto",
+    "日本",
+    "東京",
+    "大阪",
+    "京都",
+)
 NAMES = {  # what callers say; the last part of a zone's own name (london, new_york) need not be here
     "Europe/London": "ロンドン イギリス 英国 uk england",
     "Europe/Paris": "パリ フランス france",
@@ -42,16 +54,16 @@ NAMES = {  # what callers say; the last part of a zone's own name (london, new_y
 
 
 def current_time(
-    place: Annotated[str, "Empty for Japan; else a large city, or an IANA time zone such as Europe/London"] = "",
+    place: Annotated[
+        str, "Empty for Japan; else a large city, or an IANA time zone such as Europe/London"
+    ] = "",
 ) -> dict[str, Any] | str:
     """The date, weekday and time now, in Japan or elsewhere. Always use this; you do not know the date yourself."""
     zone = find_zone(place)
     if zone is None and not available_timezones():
         return "Only the time of Japan is known here (leave the place out for it). Tell the caller so; do not guess."
     if zone is None:
-        return (
-            f"The time zone of {place} is not known. If it is in Japan, leave it out; else name a larger city nearby."
-        )
+        return f"The time zone of {place} is not known. If it is in Japan, leave it out; else name a larger city nearby."
     there = now().astimezone(zone)
     era = f"（令和{there.year - 2018}年）" if zone is JST else ""
     return {
@@ -72,7 +84,11 @@ def find_zone(place: str) -> tzinfo | None:
     if name in JAPAN:
         return JST
     for zone in sorted(available_timezones()):
-        if name in (zone.casefold(), zone.casefold().rpartition("/")[2], *NAMES.get(zone, "").split()):
+        if name in (
+            zone.casefold(),
+            zone.casefold().rpartition("/")[2],
+            *NAMES.get(zone, "").split(),
+        ):
             return ZoneInfo(zone)
     return None
 

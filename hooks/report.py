@@ -1,19 +1,23 @@
-"""Writes a page for each call: who spoke when, what was said and heard, barge-ins, waits, tools and cost.
+"""Writes a page for each call: who spoke when, what was said and heard, barge-ins, waits and cost.
 
-One HTML file that needs no network; on a screen, on a phone, on paper. With hooks/recorder.py it plays the recording
-from wherever one clicks; the page links to it, so keep both where they are. With hooks/cost.py it names the cost. How
-long the caller waited counts from where the model noticed that they had paused. How it looks is in _report.html.
+One HTML file that needs no network; on a screen, on a phone, on paper. With hooks/recorder.py it
+plays the recording from wherever one clicks; the page links to it, so keep both where they are.
+With hooks/cost.py it names the cost. Waits count from where the model noticed that the caller had
+stopped. How the page looks is in _report.html.
 
-    REPORTS       folder for the pages; unset: none is written
-    LOG_NUMBERS   full: telephone numbers are written out; otherwise their last four digits
+    REPORTS            the folder of the pages. Not set: none is written
+    REPORT_LANGUAGE    ja (the default) or en: of the page's own words
+    LOG_NUMBERS        full: whole telephone numbers; otherwise only their last four digits
 
-Files: <UTC time>-<call sid>.html, readable by this user only. They hold what was said.
+A file is <UTC time>-<call sid>.html, for its owner only (0600), and holds what was said. Its times
+are those of this computer's time zone (TZ=Asia/Tokyo). call.notes["report"] has its path.
 """
 
 import logging
 import os
 import re
 import secrets
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -28,29 +32,60 @@ from urllib.parse import quote
 log = logging.getLogger("report")
 
 ROW_S = 30.0  # seconds of the call in one row of the time line
-WORDS_WITHIN_S = 3.0  # of the turns that ended so recently, the oldest gets the words that come
-KINDS = dict(caller="発信者 Caller", model="モデル Model", tool="ツール Tool", key="キー Key", fault="エラー Fault")
+IN_CONVERSATION = ("caller", "model", "tool", "key", "error")  # the kinds that stand in the conversation
 PAGE = Template(Path(__file__).with_name("_report.html").read_text("utf-8"))
 
-FOLDER = os.environ.get("REPORTS", "").strip()
-if FOLDER:
-    try:
-        Path(FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+WORDS = {  # of the page: Japanese, English
+    "language": ("ja", "en"),
+    "title": ("通話の記録", "Call report"),
+    "conversation": ("会話", "Conversation"),
+    "caller": ("発信者", "Caller"),
+    "model": ("AI", "AI"),
+    "tool": ("ツール", "Tool"),
+    "key": ("キー", "Key"),
+    "error": ("エラー", "Error"),
+    "length": ("通話時間", "Length"),
+    "ending": ("終了", "Ended"),
+    "median_wait": ("応答まで（中央値）", "Median wait"),
+    "longest_wait": ("応答まで（最長）", "Longest wait"),
+    "barge_ins": ("割り込み", "Barge-ins"),
+    "barge_in": ("割り込み", "Barge-in"),
+    "tools": ("ツール", "Tool calls"),
+    "cost": ("料金（OpenAI）", "OpenAI cost"),
+    "wait": ("応答まで", "Wait"),
+    "wait_from": ("（発話終了の検出から）", ", from where the model noticed the turn's end"),
+    "heard": ("再生", "Heard"),
+    "seconds": ("秒", "s"),
+    "cut_short": ("途中で終了", "Cut short"),
+    "no_words": ("（発話なし）", "(no words)"),
+    "broken_off": ("（話の途中で途切れました）", "(broken off in mid-speech)"),
+    # What the bridge says of an end; what is not here stands as it is.
+    "caller hung up": ("発信者が切断", "caller hung up"),
+}
+LANGUAGE = os.environ.get("REPORT_LANGUAGE") or "ja"
+if LANGUAGE not in ("ja", "en"):
+    sys.exit(f"REPORT_LANGUAGE is {LANGUAGE!r}: give ja or en")
+SAY = {name: words[LANGUAGE == "en"] for name, words in WORDS.items()}
+
+if FOLDER := os.environ.get("REPORTS", "").strip():
+    try:  # now, because the first call must not be the first to find out
+        os.makedirs(FOLDER, mode=0o700, exist_ok=True)
         tempfile.TemporaryFile(dir=FOLDER).close()
-    except OSError as fault:
-        log.error("REPORTS: %s. Name a folder that can be written to. No report is written", fault)
-        FOLDER = ""
+    except OSError as error:
+        sys.exit(f"REPORTS is {FOLDER!r}: {error.strerror}: give a folder to write to")
 
 
 @dataclass
 class Entry:
-    """One bar of the time line and, if its kind is one of KINDS, one paragraph of the transcript."""
+    """One bar of the time line and, if it is of IN_CONVERSATION, one paragraph."""
 
     kind: str  # the CSS class
     begin: float  # time.monotonic()
     end: float = inf  # until it is known
     text: str = ""
     unheard: str = ""  # the rest of the text, which a barge-in cut off
+    missing: str = ""  # what stands in place of words that there are not
+    sent_ms: int = 0  # how long it was, when a barge-in has cut it
     remarks: list[str] = field(default_factory=list)
 
 
@@ -59,149 +94,156 @@ class Story:
     """What has happened in a call."""
 
     began: float  # time.monotonic(), as all times here
-    date: time.struct_time = field(default_factory=time.gmtime)
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %Z"))
+    stamp: str = field(default_factory=lambda: time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
     entries: list[Entry] = field(default_factory=list)
-    waiting_since: float | None = None  # the caller has come, or has spoken, and nobody has answered yet
-    answer: Entry | None = None  # what the model is saying
-    said_until: float = 0.0  # the end of what it said last
-    sent_ms: int = 0  # how long the answer was that a barge-in has just cut
+    items: dict[str, Entry] = field(default_factory=dict)  # the entries of both sides, by item
+    waiting_since: float | None = None  # the caller has come, or spoken, and has no answer yet
 
+    def add(self, entry: Entry, item: str = "") -> Entry:
+        self.entries.append(entry)
+        if item:
+            self.items[item] = entry
+        return entry
 
-if FOLDER:
+    def sounding(self) -> list[Entry]:
+        """What the model is saying, or has sent ahead."""
+        return [
+            entry for entry in self.items.values() if entry.kind == "model" and entry.end == inf
+        ]
 
-    def call_started(call: Any, at: float) -> None:
-        call.notes["report"] = Story(at, waiting_since=at, said_until=at)
-
-    def caller_spoke(call: Any, at: float) -> None:
-        call.notes["report"].waiting_since = None
-        call.notes["report"].entries.append(Entry("caller", at))
-
-    def caller_paused(call: Any, at: float) -> None:
-        call.notes["report"].waiting_since = at
-        for entry in call.notes["report"].entries:
-            if entry.end == inf:
-                entry.end = at
-
-    def caller_said(call: Any, at: float, text: str) -> None:
-        """Comes after the turn, sometimes after the answer. A turn that was a cough or a noise gets no words."""
-        entries = call.notes["report"].entries
-        turns = [entry for entry in entries if entry.kind == "caller" and entry.end <= at and not entry.text]
-        recent = [turn for turn in turns if at - turn.end <= WORDS_WITHIN_S]
-        if recent:
-            recent[0].text = text
-        elif turns:
-            turns[-1].text = text
-        else:
-            entries.append(Entry("caller", at, at, text))
-
-    def model_spoke(call: Any, at: float) -> None:
-        story: Story = call.notes["report"]
-        if story.answer is None:  # else that is still being heard, and this comes next
-            story.answer = Entry("model", at)
-            if story.waiting_since is not None:
-                wait = f"{at - story.waiting_since:.2f} s"
-                story.entries.append(Entry("wait", story.waiting_since, at, wait))
-                story.answer.remarks = [f"応答まで Wait: {wait}"]
-        story.waiting_since = None
-
-    def model_interrupted(call: Any, at: float, heard_ms: int, sent_ms: int) -> None:
-        call.notes["report"].sent_ms = sent_ms
-        unheard_s = (sent_ms - heard_ms) / 1000
-        call.notes["report"].entries += [Entry("unheard", at, at + unheard_s), Entry("barge-in", at, at)]
-
-    def model_said(call: Any, at: float, text: str, heard_ms: int | None) -> None:
-        """Comes when it has been heard to its end, or cut."""
-        story: Story = call.notes["report"]
-        said = story.answer or Entry("model", at if heard_ms == 0 else story.said_until)
+    def settle(self, said: Entry, at: float, text: str, heard_ms: int | None) -> None:
+        """It has been heard to its end, or cut."""
         said.text, said.end = text, at
         if heard_ms is not None:
             said.end = min(said.begin + heard_ms / 1000, at)
-            split = round(len(text) * heard_ms / max(heard_ms, story.sent_ms, 1))  # the nearest that anybody knows
+            share = heard_ms / said.sent_ms if said.sent_ms else 1.0  # nobody knows it better
+            split = round(len(text) * share)
             said.text, said.unheard = text[:split], text[split:]
-            heard = f"再生 Heard: {heard_ms / 1000:.1f}"
-            if story.sent_ms:
-                said.remarks += ["割り込み Barge-in", f"{heard} / {story.sent_ms / 1000:.1f} s"]
-            else:  # the call has ended meanwhile, and nobody tells how long the answer was
-                said.remarks += ["途中で終了 Cut short", f"{heard} s"]
-            story.sent_ms = 0
-        story.entries.append(said)
-        story.answer, story.said_until = None, at
-
-    def tool_used(call: Any, at: float, name: str, arguments: str, result: str, seconds: float) -> None:
-        text = f"{name}({arguments}) → {result}"
-        call.notes["report"].entries.append(Entry("tool", at - seconds, at, text, remarks=[f"{seconds:.2f} s"]))
-
-    def key_pressed(call: Any, at: float, key: str) -> None:
-        entries = call.notes["report"].entries
-        if not entries or entries[-1].kind != "key":  # else a number, key by key
-            entries.append(Entry("key", at))
-        entries[-1].text += key
-        entries[-1].end = at
-
-    def model_failed(call: Any, at: float, error: str) -> None:
-        call.notes["report"].entries.append(Entry("fault", at, at, error))
-
-    def call_ended(call: Any, at: float, reason: str) -> None:
-        time.sleep(max(0.0, at + 0.5 - time.monotonic()))  # cost.py counts in a thread of its own, perhaps behind this
-        story: Story = call.notes.pop("report")
-        name = f"{time.strftime('%Y%m%dT%H%M%SZ', story.date)}-{re.sub('[^A-Za-z0-9]', '', call.sid)}.html"
-        path = Path(FOLDER, name)
-        path.touch(mode=0o600)
-        path.write_text(page(call, story, at, reason), "utf-8", errors="replace")  # JSON may hold half a character
-        log.info("%s", path)
+            heard = f"{SAY['heard']} {heard_ms / 1000:.1f}"
+            if said.sent_ms:
+                heard += f" / {said.sent_ms / 1000:.1f}"
+            said.remarks += [SAY["barge_in" if said.sent_ms else "cut_short"]]
+            said.remarks += [f"{heard} {SAY['seconds']}"]
+        if heard_ms == 0:
+            self.entries.remove(said)  # cut off before its first sound
+        for later in self.sounding():
+            later.begin = at  # it was sent ahead, and is heard from here on
 
 
-# What the caller, the model and the tools say is a stranger's, and goes through `escape`. Should some slip through all
-# the same, the page's Content-Security-Policy runs no script but its own, and loads only the recording.
+def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
+    if not FOLDER:
+        return
+    if event == "call_started":
+        call.notes["report_story"] = Story(at, waiting_since=at)
+    story: Story = call.notes["report_story"]
+    item = facts.get("item", "")
+    entry = story.items.get(item)
+    match event:
+        case "caller_started_speaking":
+            story.waiting_since = None
+            story.add(Entry("caller", at), item)
+        case "caller_stopped_speaking" if entry:
+            entry.end = at
+            if not story.sounding():  # else nobody waits: it is heard out, or has been cut
+                story.waiting_since = at
+        case "caller_said" if entry:
+            entry.text = facts["text"]
+        case "model_started_speaking":
+            entry = story.add(Entry("model", at), item)
+            if story.waiting_since is not None:
+                wait = f"{at - story.waiting_since:.2f} {SAY['seconds']}"
+                story.add(Entry("wait", story.waiting_since, at, wait))
+                entry.remarks.append(f"{SAY['wait']} {wait}")
+            story.waiting_since = None
+        case "model_interrupted":
+            story.add(Entry("barge-in", at, at))
+            if entry:
+                entry.sent_ms = facts["sent_ms"]
+        case "model_said" if entry:
+            story.settle(entry, at, facts["text"], facts["heard_ms"])
+        case "tool_used":
+            text = f"{facts['name']}({facts['arguments']}) → {facts['result']}"
+            took = f"{facts['seconds']:.2f} {SAY['seconds']}"
+            story.add(Entry("tool", at - facts["seconds"], at, text, remarks=[took]))
+        case "key_pressed":
+            if not story.entries or story.entries[-1].kind != "key":  # else a number, key by key
+                story.add(Entry("key", at))
+            story.entries[-1].text += facts["key"]
+            story.entries[-1].end = at
+        case "model_failed":
+            story.add(Entry("error", at, at, facts["error"]))
+        case "call_ended":
+            time.sleep(max(0.0, at + 0.5 - time.monotonic()))  # until cost.py has counted all
+            path = Path(FOLDER, f"{story.stamp}-{call.sid}.html").resolve()
+            path.touch(mode=0o600)
+            html = page(call, call.notes.pop("report_story"), at, facts["reason"])
+            path.write_text(html, "utf-8", errors="replace")  # JSON may hold half a character
+            call.notes["report"] = str(path)
+            log.info("%s", path.as_uri(), extra={"call": call.sid})
+
+
+# What the caller, the model and the tools say is a stranger's, and goes through `escape`. Should
+# some slip through all the same, the page's Content-Security-Policy runs no script but its own, and
+# loads only the recording.
 
 
 def page(call: Any, story: Story, ended: float, reason: str) -> str:
     length = ended - story.began
     entries = sorted(story.entries, key=lambda entry: entry.begin)
     for entry in entries:  # from here on in seconds since the call began
+        if entry.kind == "caller" and not entry.text:
+            entry.missing = SAY["broken_off" if entry.end == inf else "no_words"]
         entry.begin = max(0.0, entry.begin - story.began)
         entry.end = min(entry.end, ended) - story.began
     waits = [entry.end - entry.begin for entry in entries if entry.kind == "wait"]
     recording = ""
     if path := call.notes.get("recording"):
-        address = quote(Path(os.path.relpath(path, FOLDER)).as_posix())
+        address = quote(Path(os.path.relpath(path, Path(FOLDER).resolve())).as_posix())
         recording = f'<audio controls preload="metadata" src="{address}"></audio>'
     return PAGE.substitute(
+        {f"say_{name}": words for name, words in SAY.items()},
         nonce=secrets.token_urlsafe(),
-        date=time.strftime("%Y-%m-%d %H:%M:%S UTC", story.date),
-        about=escape(f"{masked(call.caller)} → {masked(call.called)} · {reason} · {call.sid}"),
+        date=story.date,
+        about=escape(f"{masked(call.caller)} → {masked(call.called)} · {call.sid}"),
         length=clock(length),
-        median_wait=f"{median(waits):.2f} s" if waits else "–",
-        longest_wait=f"{max(waits):.2f} s" if waits else "–",
+        ending=escape(SAY.get(reason, reason)),
+        median_wait=f"{median(waits):.2f} {SAY['seconds']}" if waits else "–",
+        longest_wait=f"{max(waits):.2f} {SAY['seconds']}" if waits else "–",
         barge_ins=sum(entry.kind == "barge-in" for entry in entries),
         tools=sum(entry.kind == "tool" for entry in entries),
         cost=dollars(call.notes.get("cost", {})),
         recording=recording,
         row_s=ROW_S,
-        rows="".join(row(entries, number * ROW_S, length) for number in range(int(length // ROW_S) + 1)),
-        turns="".join(turn(entry) for entry in entries if entry.kind in KINDS),
+        rows="".join(row(entries, n * ROW_S, length) for n in range(int(length // ROW_S) + 1)),
+        turns="".join(paragraph(entry) for entry in entries if entry.kind in IN_CONVERSATION),
     )
 
 
 def row(entries: list[Entry], begin: float, length: float) -> str:
-    """One row of the time line, as SVG: across in percent, so that it fits every screen and paper."""
+    """One row of the time line, as SVG: across in percent, so that it fits screens and paper."""
     bars = ""
     for entry in [Entry("ground", 0.0, length), *entries]:
         left = max(entry.begin, begin)
         right = min(max(entry.end, entry.begin + 0.1), begin + ROW_S)  # a moment is 0.1 s wide
         if left < right:
             place = f'x="{(left - begin) / ROW_S:.2%}" width="{(right - left) / ROW_S:.2%}"'
-            bars += f'<rect class="{entry.kind}" {place}><title>{escape(entry.text[:200])}</title></rect>'
+            title = f"<title>{escape(entry.text[:200])}</title>"
+            bars += f'<rect class="{entry.kind}" {place}>{title}</rect>'
     return f'<div class="row"><time>{clock(begin)}</time><svg data-at="{begin}">{bars}</svg></div>'
 
 
-def turn(entry: Entry) -> str:
-    """One paragraph of the transcript."""
-    unheard = f"<s>{escape(entry.unheard)}</s>" if entry.unheard else ""
+def paragraph(entry: Entry) -> str:
+    words = escape(entry.text)
+    if entry.unheard:
+        words += f"<s>{escape(entry.unheard)}</s>"
+    if entry.missing:
+        words = f"<em>{entry.missing}</em>"
     return (
         f'<li class="{entry.kind}" data-at="{entry.begin:.2f}" data-until="{entry.end:.2f}">'
-        f"<time>{clock(entry.begin)}</time><h3>{KINDS[entry.kind]} <small>{' · '.join(entry.remarks)}</small></h3>"
-        f"<p>{escape(entry.text)}{unheard}</p></li>"
+        f"<time>{clock(entry.begin)}</time>"
+        f"<h3>{SAY[entry.kind]} <small>{' · '.join(entry.remarks)}</small></h3>"
+        f"<p>{words}</p></li>"
     )
 
 
@@ -210,7 +252,8 @@ def clock(seconds: float) -> str:
 
 
 def masked(number: str) -> str:
-    return number if os.environ.get("LOG_NUMBERS") == "full" else re.sub(r"\d(?=(\D*\d){4})", "•", number)
+    full = os.environ.get("LOG_NUMBERS") == "full"
+    return number if full else re.sub(r"\d(?=(\D*\d){4})", "*", number)
 
 
 def dollars(cost: dict[str, Any]) -> str:

@@ -27,11 +27,10 @@ log = logging.getLogger("transcript")
 
 TITLE = "通話の記録"
 SIDES = {"caller": "発信者", "model": "AI", "key": "キー"}
-NO_WORDS, CUT_SHORT = "（発話なし）", "（話の途中）"
+NO_WORDS, BROKEN_OFF = "（発話なし）", "（話の途中で途切れました）"
 ENDED = "通話終了"
-ENDINGS = {
-    "caller hung up": "発信者が切断"
-}  # what the bridge says of an end; others stand as they are
+# What the bridge says of an end; what is not here stands as it is.
+ENDINGS = {"caller hung up": "発信者が切断"}
 
 FORMAT = os.environ.get("TRANSCRIPT_FORMAT") or "md"
 if FORMAT not in ("md", "jsonl"):
@@ -41,9 +40,7 @@ if FOLDER := os.environ.get("TRANSCRIPTS", "").strip():
         os.makedirs(FOLDER, mode=0o700, exist_ok=True)
         tempfile.TemporaryFile(dir=FOLDER).close()
     except OSError as error:
-        sys.exit(
-            f"TRANSCRIPTS is {FOLDER!r} ({error.strerror}): give a folder that can be written to"
-        )
+        sys.exit(f"TRANSCRIPTS is {FOLDER!r}: {error.strerror}: give a folder to write to")
 
 
 @dataclass
@@ -99,17 +96,13 @@ def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
 
 
 def begin(call: Any, at: float) -> None:
-    path = Path(
-        FOLDER, f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{call.sid}.{FORMAT}"
-    ).resolve()
-    path.touch(mode=0o600)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    path = Path(FOLDER, f"{stamp}-{call.sid}.{FORMAT}").resolve()
     call.notes["transcript"] = str(path)
     call.notes["transcript_lines"] = Transcript(path, at)
-    began, caller, called = (
-        time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        masked(call.caller),
-        masked(call.called),
-    )
+    path.touch(mode=0o600)
+    began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    caller, called = masked(call.caller), masked(call.called)
     record = {"call": call.sid, "began": began, "caller": caller, "called": called}
     append(path, record, f"# {TITLE} {began}\n\n{caller} → {called} ({call.sid})\n")
 
@@ -120,34 +113,30 @@ def write_known(transcript: Transcript) -> None:
         if line.text is None:
             return
         del transcript.lines[item]
-        if line.heard_ms == 0:
-            continue  # cut off before its first sound
-        text, at_s = " ".join(line.text.split()), line.at - transcript.began
-        record = {
-            "at_s": round(at_s, 1),
-            "side": line.side,
-            "text": text,
-            "heard_ms": line.heard_ms,
-        }
-        if not text:
-            text = CUT_SHORT if line.side == "caller" and not line.finished else NO_WORDS
-            record["finished"] = line.finished
-        cut = f" *（{line.heard_ms / 1000:.1f} 秒まで再生）*" if line.heard_ms else ""
-        append(transcript.path, record, f"- {clock(at_s)} **{SIDES[line.side]}** {text}{cut}")
+        if line.heard_ms != 0:  # 0: cut off before its first sound
+            write(transcript, line)
+
+
+def write(transcript: Transcript, line: Line) -> None:
+    at_s, text = line.at - transcript.began, " ".join((line.text or "").split())
+    record = {"at_s": round(at_s, 1), "side": line.side, "text": text, "heard_ms": line.heard_ms}
+    if not text and line.side == "caller" and not line.finished:
+        text, record["broken_off"] = BROKEN_OFF, True
+    cut = f" *（{line.heard_ms / 1000:.1f} 秒まで再生）*" if line.heard_ms else ""
+    words = f"**{SIDES[line.side]}** {text or NO_WORDS}{cut}"
+    append(transcript.path, record, f"- {clock(at_s)} {words}")
 
 
 def end(call: Any, seconds: float, reason: str) -> None:
     path = call.notes.pop("transcript_lines").path
-    record = {"at_s": round(seconds, 1), "ended": reason}
-    append(path, record, f"- {clock(seconds)} **{ENDED}** {ENDINGS.get(reason, reason)}")
+    ending = f"**{ENDED}** {ENDINGS.get(reason, reason)}"
+    append(path, {"at_s": round(seconds, 1), "ended": reason}, f"- {clock(seconds)} {ending}")
     log.info(path.as_uri(), extra={"call": call.sid})
 
 
 def append(path: Path, record: dict[str, Any], markdown: str) -> None:
     line = json.dumps(record, ensure_ascii=False) if FORMAT == "jsonl" else markdown
-    with path.open(
-        "a", encoding="utf-8", errors="replace"
-    ) as file:  # JSON may hold half a character
+    with path.open("a", encoding="utf-8", errors="replace") as file:  # for half an emoji
         file.write(line + "\n")
 
 

@@ -31,16 +31,22 @@ URL = os.environ.get("WEATHER_URL", "").strip().rstrip("/") or "https://www.jma.
 LIMIT_S = 3.0  # for both documents together: the caller hears silence meanwhile
 KEEP_S = 600.0
 MAX_BYTES = 4_000_000  # of one document; the list of areas has 258 kB
-MAX_AGE = timedelta(hours=24)  # issued at 5, 11 and 17 o'clock: what is older is not today's forecast
+MAX_AGE = timedelta(
+    hours=24
+)  # issued at 5, 11 and 17 o'clock: what is older is not today's forecast
 JST = timezone(timedelta(hours=9))  # Japan has no summer time
-NO_FORECAST = "There is no forecast to be had now. Tell the caller so. Do not guess or invent any weather."
+NO_FORECAST = (
+    "There is no forecast to be had now. Tell the caller so. Do not guess or invent any weather."
+)
 
 Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 Day = Literal["today", "tomorrow", "day_after_tomorrow", Weekday]
 
 
 def weather_forecast(
-    place: Annotated[str, "Prefecture, city, town or village in Japan. If its name is not unique: 広島県府中市"],
+    place: Annotated[
+        str, "Prefecture, city, town or village in Japan. If its name is not unique: 広島県府中市"
+    ],
     day: Annotated[Day, "By the date in Japan. A weekday means the next one, or today"] = "today",
 ) -> dict[str, Any] | str:
     """The Japan Meteorological Agency's forecast for a place in Japan: today, tomorrow, or any day within a week.
@@ -50,7 +56,9 @@ def weather_forecast(
     """
     try:
         return forecast(place, day, now())
-    except Exception as fault:  # no network, too slow, not JSON, of another form: to the caller it is all the same
+    except (
+        Exception
+    ) as fault:  # no network, too slow, not JSON, of another form: to the caller it is all the same
         log.warning("no forecast from %s: %s: %s", URL, type(fault).__name__, fault)
         return NO_FORECAST
 
@@ -66,7 +74,10 @@ def forecast(place: str, day: str, at: datetime) -> dict[str, Any] | str:
     if not found:
         return f"There is no forecast for {place}. Ask for a prefecture or a city in Japan, such as 東京都 or 横浜市."
     if len(found) > 1:
-        return {"question": "Ask the caller which of these is meant.", "places": [one.label() for one in found]}
+        return {
+            "question": "Ask the caller which of these is meant.",
+            "places": [one.label() for one in found],
+        }
     days, week = document(f"/forecast/data/forecast/{found[0].office}.json", list, deadline)
     ahead = get_args(Day).index(day)
     if day in get_args(Weekday):
@@ -77,7 +88,9 @@ def forecast(place: str, day: str, at: datetime) -> dict[str, Any] | str:
 # ── The documents ────────────────────────────────────────────────────────────────────────────────────────────────
 
 lock = threading.Lock()  # several calls may ask at once, each in a thread of its own
-documents: dict[str, tuple[float, Future[Any]]] = {}  # path -> when it was asked for (time.monotonic()), what comes
+documents: dict[
+    str, tuple[float, Future[Any]]
+] = {}  # path -> when it was asked for (time.monotonic()), what comes
 
 
 def document(path: str, read: Callable[[Any], Any], deadline: float) -> Any:
@@ -108,7 +121,10 @@ def fetch(path: str, read: Callable[[Any], Any], coming: Future[Any]) -> None:
 
 # ── Places ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-OTHER_DOCUMENT = {"014030": "014100", "460040": "460100"}  # offices whose forecast stands in another's document
+OTHER_DOCUMENT = {
+    "014030": "014100",
+    "460040": "460100",
+}  # offices whose forecast stands in another's document
 # The prefectures in kana, which the documents lack, in the order of the first two digits of every code.
 KANA = """ほっかいどう あおもり いわて みやぎ あきた やまがた ふくしま いばらき とちぎ ぐんま さいたま ちば
 とうきょう かながわ にいがた とやま いしかわ ふくい やまなし ながの ぎふ しずおか あいち みえ しが きょうと おおさか
@@ -118,7 +134,9 @@ KIND = re.compile(
     "([都府県市区町村]|地方|けん|ふ|と|し|く|ちょう|まち|むら|そん"
     "|prefecture|city|ward|town|village|region|ken|fu|to|shi|ku|cho|machi|mura|son)$"
 )
-HIRAGANA = {katakana: katakana - 0x60 for katakana in range(ord("ァ"), ord("ヶ"))} | {ord("ヶ"): "け"}
+HIRAGANA = {katakana: katakana - 0x60 for katakana in range(ord("ァ"), ord("ヶ"))} | {
+    ord("ヶ"): "け"
+}
 
 
 class Place(NamedTuple):
@@ -134,7 +152,9 @@ class Place(NamedTuple):
 
 def fold(name: str) -> str:
     """A name as it is compared: Ōsaka, OOSAKA and osaka are the same, and so are ヨコハマ and よこはま."""
-    name = re.sub("[\u0302\u0304]", "", unicodedata.normalize("NFKD", name.casefold()))  # the marks of ô and ō
+    name = re.sub(
+        "[\u0302\u0304]", "", unicodedata.normalize("NFKD", name.casefold())
+    )  # the marks of ô and ō
     name = re.sub(r"[\W_]", "", unicodedata.normalize("NFC", name).translate(HIRAGANA))
     return re.sub("m(?=[bmp])", "n", re.sub("o([ou]|h(?![aeiouy]))", "o", name).replace("uu", "u"))
 
@@ -146,18 +166,26 @@ def bare(name: str) -> str:
 def read_places(areas: Any) -> dict[str, list[Place]]:
     """All places by their names, likeliest first; the document itself is too large to be kept."""
     places: dict[str, list[Place]] = {}
-    prefectures = {code[:2]: bare(office["name"]) for code, office in sorted(areas["offices"].items())}
+    prefectures = {
+        code[:2]: bare(office["name"]) for code, office in sorted(areas["offices"].items())
+    }
     prefectures |= {"01": "北海道", "47": "沖縄県"}  # several offices, none of them of this name
 
     def add(area: str, rank: int, *names: str) -> None:
         office = areas["class10s"][area]["parent"]
-        place = Place(names[0], prefectures[office[:2]], OTHER_DOCUMENT.get(office, office), area, rank)
+        place = Place(
+            names[0], prefectures[office[:2]], OTHER_DOCUMENT.get(office, office), area, rank
+        )
         for key in {key for name in names for key in (fold(name), KIND.sub("", fold(name)))} - {""}:
             places.setdefault(key, []).append(place)
 
     for code, office in areas["offices"].items():
         name, prefecture = bare(office["name"]), prefectures[code[:2]]
-        if prefecture in (name, "北海道", "沖縄県"):  # its first area has the capital, but in 山口県
+        if prefecture in (
+            name,
+            "北海道",
+            "沖縄県",
+        ):  # its first area has the capital, but in 山口県
             roman = {"01": "Hokkaido", "47": "Okinawa"}.get(code[:2], bare(office["enName"]))
             kana = KANA.split()[int(code[:2]) - 1]
             add(office["children"][0], 1, name, prefecture, roman, f"{roman} Prefecture", kana)
@@ -168,9 +196,13 @@ def read_places(areas: Any) -> dict[str, list[Place]]:
     municipalities: dict[str, list[Any]] = {}
     for code, entry in areas["class20s"].items():
         municipalities.setdefault(code[:5], []).append(entry)
-    for parts in municipalities.values():  # 仙台市東部 and 仙台市西部: the first stands for 仙台市; most have one part
+    for parts in (
+        municipalities.values()
+    ):  # 仙台市東部 and 仙台市西部: the first stands for 仙台市; most have one part
         name, kana = (commonprefix([bare(part[key]) for part in parts]) for key in ("name", "kana"))
-        roman = re.sub("^(.*ern |.*, )", "", bare(parts[0]["enName"]))  # Eastern Sendai City; Konan, Koriyama City
+        roman = re.sub(
+            "^(.*ern |.*, )", "", bare(parts[0]["enName"])
+        )  # Eastern Sendai City; Konan, Koriyama City
         for part in parts:
             area = areas["class15s"][part["parent"]]["parent"]
             capital = name == prefectures[areas["class10s"][area]["parent"][:2]][:-1] + "市"
@@ -187,14 +219,28 @@ def find(asked: str, places: dict[str, list[Place]]) -> list[Place]:
     names = [(whole, "")]  # with the prefecture it must lie in; empty: any
     for prefix, found in places.items():
         if found[0].rank <= 1:  # 広島県府中市, 広島の府中, Fuchu, Hiroshima
-            rests = (whole.removeprefix(prefix), whole.removeprefix(prefix + "の"), whole.removesuffix(prefix))
+            rests = (
+                whole.removeprefix(prefix),
+                whole.removeprefix(prefix + "の"),
+                whole.removesuffix(prefix),
+            )
             names += [(rest, found[0].prefecture) for rest in rests if rest not in ("", whole)]
     names += [(KIND.sub("", name), prefecture) for name, prefecture in names]  # Osaka-fu
     for name, prefecture in list(names):  # 横浜市青葉区: the city
-        names += [(name[:end], prefecture) for end in range(len(name), 1, -1) if name[end - 1] in "市区町村"]
+        names += [
+            (name[:end], prefecture)
+            for end in range(len(name), 1, -1)
+            if name[end - 1] in "市区町村"
+        ]
     for name, prefecture in names:
-        if same := [place for place in places.get(name, []) if prefecture in ("", place.prefecture)]:
-            return list({place.area: place for place in reversed(same) if place.rank == same[0].rank}.values())[::-1]
+        if same := [
+            place for place in places.get(name, []) if prefecture in ("", place.prefecture)
+        ]:
+            return list(
+                {
+                    place.area: place for place in reversed(same) if place.rank == same[0].rank
+                }.values()
+            )[::-1]
     return []
 
 
@@ -215,7 +261,9 @@ TELOPS = """100晴れ 101晴れ時々くもり 102晴れ一時雨 103晴れ時�
 411雪のち晴れ 413雪のちくもり 414雪のち雨 450雪で雷を伴う"""
 
 
-def tell(place: Place, wanted: date, at: datetime, days: Any, week: Any, places: Any) -> dict[str, Any] | str:
+def tell(
+    place: Place, wanted: date, at: datetime, days: Any, week: Any, places: Any
+) -> dict[str, Any] | str:
     """What the agency says of a day: the next two or three in words, in `days`; the others in codes, in `week`."""
     areas = {entry["area"]["code"]: entry for entry in series(days, "weathers")}
     area, part = areas[place.area], days
@@ -232,10 +280,16 @@ def tell(place: Place, wanted: date, at: datetime, days: Any, week: Any, places:
     if at - issued > MAX_AGE:
         return f"{NO_FORECAST} The newest there is was issued on {spoken(issued)} and is too old."
     if not weather:
-        return f"{NO_FORECAST} What was issued on {spoken(issued)} does not tell of {spoken(wanted)}."
+        return (
+            f"{NO_FORECAST} What was issued on {spoken(issued)} does not tell of {spoken(wanted)}."
+        )
 
     [pops] = [entry for entry in series(days, "pops") if entry["area"]["code"] == place.area]
-    periods = [(start, chance) for start, chance in on(wanted, pops, "pops") if start + timedelta(hours=6) > at]
+    periods = [
+        (start, chance)
+        for start, chance in on(wanted, pops, "pops")
+        if start + timedelta(hours=6) > at
+    ]
     rain = {f"{start.hour}時から{start.hour + 6}時": f"{chance}%" for start, chance in periods}
     for _, chance in on(wanted, in_week, "pops") if not rain else []:
         rain["一日"] = f"{chance}%"
@@ -253,26 +307,44 @@ def tell(place: Place, wanted: date, at: datetime, days: Any, week: Any, places:
     }
 
 
-def temperature(place: Place, wanted: date, days: Any, week: Any, in_week: Any, places: Any) -> dict[str, Any] | None:
+def temperature(
+    place: Place, wanted: date, days: Any, week: Any, in_week: Any, places: Any
+) -> dict[str, Any] | None:
     """Temperatures are told per station, and not for which area: its name may say where it lies, or else its turn."""
     turn = [entry["area"]["code"] for entry in series(days, "weathers")].index(place.area)
     fitting = []
     for number, station in enumerate(series(days, "temps")):
         name = station["area"]["name"]
-        same_name = [one for one in places.get(fold(name), []) if one.prefecture == place.prefecture]
+        same_name = [
+            one for one in places.get(fold(name), []) if one.prefecture == place.prefecture
+        ]
         if place.area in [one.area for one in same_name] or (number == turn and not same_name):
             fitting.append((place not in same_name, number != turn, number, station))
     for *_, station in sorted(fitting, key=lambda fit: fit[:3])[:1]:
         by_hour = {start.hour: int(degrees) for start, degrees in on(wanted, station, "temps")}
-        if by_hour:  # 9 o'clock has the maximum, 0 o'clock the minimum; but today's stands for nothing
+        if (
+            by_hour
+        ):  # 9 o'clock has the maximum, 0 o'clock the minimum; but today's stands for nothing
             issued = datetime.fromisoformat(days["reportDatetime"]).astimezone(JST)
             minimum = by_hour.get(0) if wanted > issued.date() else None
-            return {"station": station["area"]["name"], "minimum_celsius": minimum, "maximum_celsius": by_hour.get(9)}
+            return {
+                "station": station["area"]["name"],
+                "minimum_celsius": minimum,
+                "maximum_celsius": by_hour.get(9),
+            }
     # The week has one station for each of its areas, in their order.
-    turn = [entry["area"]["code"] for entry in series(week, "weatherCodes")].index(in_week["area"]["code"])
+    turn = [entry["area"]["code"] for entry in series(week, "weatherCodes")].index(
+        in_week["area"]["code"]
+    )
     station = series(week, "tempsMin")[turn]
-    for (_, low), (_, high) in zip(on(wanted, station, "tempsMin"), on(wanted, station, "tempsMax"), strict=True):
-        return {"station": station["area"]["name"], "minimum_celsius": int(low), "maximum_celsius": int(high)}
+    for (_, low), (_, high) in zip(
+        on(wanted, station, "tempsMin"), on(wanted, station, "tempsMax"), strict=True
+    ):
+        return {
+            "station": station["area"]["name"],
+            "minimum_celsius": int(low),
+            "maximum_celsius": int(high),
+        }
     return None
 
 
@@ -286,7 +358,9 @@ def series(part: Any, key: str) -> list[Any]:
 def on(wanted: date, entry: Any, key: str) -> list[tuple[datetime, str]]:
     """What is said of a day, with its times; an empty text says nothing."""
     return [
-        (start, text) for start, text in zip(entry["times"], entry[key], strict=True) if text and start.date() == wanted
+        (start, text)
+        for start, text in zip(entry["times"], entry[key], strict=True)
+        if text and start.date() == wanted
     ]
 
 
@@ -296,5 +370,7 @@ def spoken(day: date) -> str:
 
 TOOLS = [weather_forecast]
 if not URL.startswith(("https://", "http://")):
-    log.error("WEATHER_URL must begin with https:// or http://: mend it or unset it; until then there is no weather")
+    log.error(
+        "WEATHER_URL must begin with https:// or http://: mend it or unset it; until then there is no weather"
+    )
     TOOLS = []

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LoadHook, PretendCall, TimedEvent
+from conftest import LoadHook, PretendCall, TimedEvent, refused
 
-LONG_AGO = -10_000.0  # monotonic time of call_started, so that nothing waits for what comes a moment later
+LONG_AGO = -10_000.0  # monotonic time of call_started, so that nothing is waited for
 
 
 class Page(HTMLParser):
@@ -36,7 +36,8 @@ class Page(HTMLParser):
         self.words += "" if self.quiet else data + "\n"
 
     def all(self, tag: str, kind: str | None = None) -> list[dict[str, Any]]:
-        return [attributes for name, attributes in self.tags if name == tag and kind in (None, attributes.get("class"))]
+        same = [attributes for name, attributes in self.tags if name == tag]
+        return [attributes for attributes in same if kind in (None, attributes.get("class"))]
 
 
 async def report(
@@ -46,23 +47,42 @@ async def report(
     seconds: float = 10,
     call: PretendCall | None = None,
     began: float = LONG_AGO,
+    **settings: str,
 ) -> Page:
     """The page of a call; the times of the events are seconds since it began."""
     call = call or PretendCall()
     told = [("call_started", 0, {}), *events, ("call_ended", seconds, {"reason": "caller hung up"})]
-    await hook("report", REPORTS=folder).tell_all(call, *((event, began + at, facts) for event, at, facts in told))
-    assert "report" not in call.notes
+    loaded = hook("report", REPORTS=folder, **settings)
+    await loaded.tell_all(call, *((event, began + at, facts) for event, at, facts in told))
+    (record,) = loaded.records
     (file,) = folder.glob("*.html")
+    assert (record.getMessage(), record.call, call.notes["report"]) == (
+        file.as_uri(),
+        "CA1",
+        str(file),
+    )
     return Page(file.read_text())
 
 
-def spoke(at: float, until: float, text: str) -> list[TimedEvent]:
+def spoke(at: float, until: float, text: str, item: str = "") -> list[TimedEvent]:
     """A turn of the caller; the words come a moment after it."""
-    return [("caller_spoke", at, {}), ("caller_paused", until, {}), ("caller_said", until + 0.6, {"text": text})]
+    item = item or f"c{at}"
+    turn: list[TimedEvent] = [("caller_started_speaking", at, {"item": item})]
+    turn.append(("caller_stopped_speaking", until, {"item": item}))
+    return [*turn, ("caller_said", until + 0.6, {"item": item, "text": text})]
 
 
-def said(at: float, until: float, text: str, heard_ms: int | None = None) -> list[TimedEvent]:
-    return [("model_spoke", at, {}), ("model_said", until, {"text": text, "heard_ms": heard_ms})]
+def said(
+    at: float, until: float, text: str, heard_ms: int | None = None, sent_ms: int = 0
+) -> list[TimedEvent]:
+    """An answer; with `sent_ms`, a barge-in cuts it."""
+    item = f"m{at}"
+    cut = {"item": item, "heard_ms": heard_ms, "sent_ms": sent_ms}
+    return [
+        ("model_started_speaking", at, {"item": item}),
+        *([("model_interrupted", until, cut)] if sent_ms else []),
+        ("model_said", until, {"item": item, "text": text, "heard_ms": heard_ms}),
+    ]
 
 
 def across(rect: dict[str, str]) -> Any:
@@ -71,57 +91,112 @@ def across(rect: dict[str, str]) -> Any:
     return pytest.approx((begin, begin + width), abs=0.02)
 
 
-async def test_a_report_shows_turns_as_bars_with_their_words_and_waits(hook: LoadHook, tmp_path: Path) -> None:
+def conversation(page: Page) -> str:
+    return page.words[page.words.index("会話") :]
+
+
+async def test_turns(hook: LoadHook, tmp_path: Path) -> None:
+    """Each turn is a bar and a paragraph, each wait for an answer a bar."""
     talk = [*said(0, 2, "こんにちは。"), *spoke(3, 5, "天気は？"), *said(5.8, 8, "晴れです。")]
     page = await report(hook, tmp_path, *talk)
     assert [across(bar) for bar in page.all("rect", "caller")] == [(3, 5)]
     assert [across(bar) for bar in page.all("rect", "model")] == [(0, 2), (5.8, 8)]
-    assert [across(bar) for bar in page.all("rect", "wait")][1:] == [(5, 5.8)] and "0.80 s" in page.words
-    transcript = page.words[page.words.index("Transcript") :]
-    assert re.findall("こんに|天気|晴れ", transcript) == ["こんに", "天気", "晴れ"]
+    assert [across(bar) for bar in page.all("rect", "wait")][1:] == [(5, 5.8)]
+    assert "応答まで 0.80 秒" in page.words and len(page.all("li")) == 3
+    assert re.findall("こんに|天気|晴れ", conversation(page)) == ["こんに", "天気", "晴れ"]
 
 
-async def test_a_report_shows_what_a_barge_in_cut_off(hook: LoadHook, tmp_path: Path) -> None:
-    cut = ("model_interrupted", 3, {"heard_ms": 2000, "sent_ms": 8000})
-    page = await report(hook, tmp_path, ("model_spoke", 1, {}), cut, *said(9, 3.1, "一二三四五六七八", 2000)[1:])
-    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 3)]
-    assert [across(bar) for bar in page.all("rect", "unheard")] == [(3, 9)]
-    assert len(page.all("rect", "barge-in")) == 1
-    assert "一二\n三四五六七八\n" in page.words
-    assert "割り込み Barge-in · 再生 Heard: 2.0 / 8.0 s" in page.words
+async def test_order_of_words(hook: LoadHook, tmp_path: Path) -> None:
+    """Words find their turn whenever they come; a turn without words takes none of another's."""
+    cough: list[TimedEvent] = [
+        *spoke(1, 2, "", "a"),
+        *spoke(3, 4, "予約", "b"),
+        *spoke(5, 6, "取消", "c"),
+    ]
+    late = sorted(cough, key=lambda event: (event[0] == "caller_said", -event[1]))
+    turns = sorted(
+        (event for event in late if event[0] != "caller_said"), key=lambda event: event[1]
+    )
+    page = await report(
+        hook, tmp_path, *turns, *late[-3:], ("caller_started_speaking", 9, {"item": "d"})
+    )
+    assert re.findall("発話なし|予約|取消|話の途中", conversation(page)) == [
+        "発話なし",
+        "予約",
+        "取消",
+        "話の途中",
+    ]
 
 
-async def test_a_report_calls_only_that_a_barge_in_which_was_one(hook: LoadHook, tmp_path: Path) -> None:
-    page = await report(hook, tmp_path, *said(1, 3, "こんにちは。", 2000))  # the caller hangs up
-    assert "途中で終了 Cut short · 再生 Heard: 2.0 s" in page.words and not page.all("rect", "barge-in")
+async def test_barge_in(hook: LoadHook, tmp_path: Path) -> None:
+    """What was not heard ends at the cut, and stands struck out in the text."""
+    page = await report(
+        hook, tmp_path, *said(1, 3, "一二三四五六七八", 2000, 8000), *said(4, 6, "はい")
+    )
+    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 3), (4, 6)]
+    assert len(page.all("rect", "barge-in")) == 1 and len(page.all("rect")) == 5  # ground and wait
+    assert "一二\n三四五六七八\n" in page.words and len(page.all("s")) == 1
+    assert "割り込み · 再生 2.0 / 8.0 秒" in page.words
 
 
-async def test_a_report_says_so_when_a_part_of_the_cost_is_not_known(hook: LoadHook, tmp_path: Path) -> None:
-    call = PretendCall()
-    call.notes["cost"] = {"usd": None, "known_usd": 0.012}
-    assert "≥ $0.0120" in (await report(hook, tmp_path, call=call)).words
+async def test_hang_up_during_an_answer(hook: LoadHook, tmp_path: Path) -> None:
+    """It is no barge-in."""
+    page = await report(hook, tmp_path, *said(1, 3, "こんにちは。", 2000))
+    assert "途中で終了 · 再生 2.0 秒" in page.words and not page.all("rect", "barge-in")
 
 
-async def test_a_turn_that_had_no_words_does_not_take_those_of_a_later_one(hook: LoadHook, tmp_path: Path) -> None:
-    cough: list[TimedEvent] = [("caller_spoke", 1, {}), ("caller_paused", 2, {})]
-    page = await report(hook, tmp_path, *cough, *spoke(15, 17, "もしもし"), seconds=20)
-    lines = page.words[page.words.index("Transcript") :].split()
-    assert lines[-4:-1] == ["0:15", "発信者", "Caller"] and lines[-1] == "もしもし"
+async def test_item_sent_ahead(hook: LoadHook, tmp_path: Path) -> None:
+    """The second item of an answer begins where the first has been heard."""
+    first, second = said(1, 4, "一つ目"), said(1.2, 6, "二つ目")
+    page = await report(hook, tmp_path, first[0], second[0], first[1], second[1])
+    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 4), (4, 6)]
 
 
-async def test_the_lines_of_a_report_stand_in_the_order_in_which_they_began(hook: LoadHook, tmp_path: Path) -> None:
-    slow = ("tool_used", 6, {"name": "weather", "arguments": "{}", "result": "晴れ", "seconds": 5.0})
-    page = await report(hook, tmp_path, *said(2, 4, "少々お待ちください。"), slow, *said(7, 9, "晴れです。"))
-    assert [line["data-at"] for line in page.all("li")] == ["1.00", "2.00", "7.00"]
+async def test_other_lines(hook: LoadHook, tmp_path: Path) -> None:
+    """Tools stand where they began, keys are joined, and the page says how and when it ended."""
+    slow = (
+        "tool_used",
+        6,
+        {"name": "weather", "arguments": "{}", "result": "晴れ", "seconds": 5.0},
+    )
+    keys: list[TimedEvent] = [
+        ("key_pressed", 9 + n / 10, {"key": key}) for n, key in enumerate("12#")
+    ]
+    page = await report(
+        hook,
+        tmp_path,
+        *said(2, 4, "お待ちください。"),
+        slow,
+        *said(7, 9, "晴れ。"),
+        *keys,
+        seconds=75,
+    )
+    assert [line["data-at"] for line in page.all("li")] == ["1.00", "2.00", "7.00", "9.00"]
+    assert "12#" in page.words and "発信者が切断" in page.words and "1:15" in page.words
+    assert time.strftime("%Y-%m-%d %H:%M") in page.words  # of this computer's time zone
 
 
-async def test_a_stranger_cannot_put_anything_but_text_into_a_report(hook: LoadHook, tmp_path: Path) -> None:
-    evil = "</p></title><script>alert(1)</script><img src=x onerror='alert(1)'>\"'$row_s\ud83d\u202e"
-    call = PretendCall(sid="CA1<b>", caller="<b>sip:x@y</b>")
+@pytest.mark.parametrize(
+    ("language", "other"), [("ja", "[A-Z][a-z]+"), ("en", "[ぁ-んァ-ヶ一-龠]")]
+)
+async def test_language(hook: LoadHook, tmp_path: Path, language: str, other: str) -> None:
+    """All of the page's own words are of one language."""
+    talk = [*said(1, 3, "12", 2000, 8000), *spoke(4, 5, ""), ("key_pressed", 6, {"key": "5"})]
+    error = ("model_failed", 7, {"error": "404"})
+    page = await report(hook, tmp_path, *talk, error, REPORT_LANGUAGE=language)
+    assert page.all("html")[0]["lang"] == language
+    assert re.findall(other, page.words.replace("OpenAI", "")) == []
+
+
+async def test_hostile_words(hook: LoadHook, tmp_path: Path) -> None:
+    """A stranger cannot put anything but text into a report."""
+    evil = (
+        "</p></title><script>alert(1)</script><img src=x onerror='alert(1)'>\"'$row_s\ud83d\u202e"
+    )
+    call = PretendCall(caller="<b>sip:x@y</b>")
     told = [
         *spoke(1, 2, evil),
-        ("model_interrupted", 3, {"heard_ms": 500, "sent_ms": 900}),
-        *said(2.5, 3, evil * 2, 500),
+        *said(2.5, 3, evil * 2, 500, 900),
         ("tool_used", 4, {"name": evil, "arguments": evil, "result": evil, "seconds": 1.0}),
         ("key_pressed", 4, {"key": evil}),
         ("model_failed", 4, {"error": evil}),
@@ -131,46 +206,56 @@ async def test_a_stranger_cannot_put_anything_but_text_into_a_report(hook: LoadH
     assert page.words.count("<img src=x onerror='alert(1)'>\"'$row_s") >= 8
 
 
-async def test_a_report_needs_nothing_from_the_network(hook: LoadHook, tmp_path: Path) -> None:
+async def test_no_network(hook: LoadHook, tmp_path: Path) -> None:
     page = await report(hook, tmp_path, *said(0, 2, "はい。"))
     assert not [tag for tag in page.tags if {"src", "href", "srcset"} & set(tag[1])]
     policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
-    assert policy.startswith("default-src 'none';") and f"'nonce-{page.all('script')[0]['nonce']}'" in policy
+    assert policy.startswith("default-src 'none';")
+    assert f"'nonce-{page.all('script')[0]['nonce']}'" in policy
 
 
-async def test_a_report_names_the_cost_and_plays_the_recording_from_beside_it(hook: LoadHook, tmp_path: Path) -> None:
+async def test_cost_and_recording(hook: LoadHook, tmp_path: Path) -> None:
+    """The page names the cost, and plays the recording from beside it."""
     call = PretendCall()
-    call.notes |= {"cost": {"usd": 0.01234}, "recording": str(tmp_path / "rec" / "日 本#.wav")}
+    call.notes["cost"] = {"usd": None, "known_usd": 0.01234}
+    call.notes["recording"] = str(tmp_path / "rec" / "日 本#.wav")
     page = await report(hook, tmp_path, call=call)
-    assert "$0.0123" in page.words
+    assert "≥ $0.0123" in page.words
     assert page.all("audio")[0]["src"] == "rec/%E6%97%A5%20%E6%9C%AC%23.wav"
 
 
-async def test_a_report_gets_the_cost_that_comes_a_moment_after_the_end(hook: LoadHook, tmp_path: Path) -> None:
+async def test_late_cost(hook: LoadHook, tmp_path: Path) -> None:
+    """The report waits a moment for the cost of the last answer."""
     call = PretendCall()
     asyncio.get_running_loop().call_later(0.2, call.notes.update, {"cost": {"usd": 0.5}})
     page = await report(hook, tmp_path, call=call, began=time.monotonic() - 10)
     assert "$0.5000" in page.words
 
 
-async def test_a_report_is_private_and_masks_the_numbers(hook: LoadHook, tmp_path: Path) -> None:
+async def test_privacy(hook: LoadHook, tmp_path: Path) -> None:
+    """The page is for its owner only, and numbers are masked."""
     page = await report(hook, tmp_path / "new")
     (file,) = (tmp_path / "new").iterdir()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
     assert re.fullmatch(r"\d{8}T\d{6}Z-CA1\.html", file.name)
-    assert "5678" in page.words and "12345678" not in page.words
+    assert "+********5678" in page.words and "12345678" not in page.words
 
 
-async def test_an_hour_long_call_gets_a_row_for_each_half_minute(hook: LoadHook, tmp_path: Path) -> None:
+async def test_long_call(hook: LoadHook, tmp_path: Path) -> None:
+    """An hour has a row for each half minute."""
     page = await report(hook, tmp_path, *spoke(3590, 3603, "長い"), seconds=3605)
     assert len(page.all("svg")) == 121
     assert [across(bar) for bar in page.all("rect", "caller")] == [(20, 30), (0, 3)]
 
 
-def test_without_a_folder_no_report_is_written(
-    hook: LoadHook, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").touch()
-    for value in ("", str(tmp_path / "file")):
-        assert not any(hook("report", REPORTS=value).host.handled.values())
-    assert caplog.text.count("REPORTS: ") == 1
+async def test_no_folder(hook: LoadHook) -> None:
+    """Nothing is written unless a folder is named."""
+    loaded = hook("report")
+    await loaded.tell_all(PretendCall(), "call_started", ("call_ended", {"reason": ""}))
+    assert loaded.log == []
+
+
+@pytest.mark.parametrize("setting", [{"REPORTS": "/proc/no"}, {"REPORT_LANGUAGE": "fr"}])
+def test_wrong_setting(hook: LoadHook, setting: dict[str, str]) -> None:
+    refused(hook, "report", **setting)

@@ -1,149 +1,125 @@
-"""hooks/transcript.py: who said what, in order, in the log and in a file."""
+"""hooks/transcript.py: who said what, in the order of speaking."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import LoadHook, PretendCall, conversation
+from conftest import LoadHook, PretendCall, conversation, refused
 
 CALL = [
-    "0.5 model_spoke", "3 model_said text=鈴木です。 heard_ms=None",
-    "4 caller_spoke", "5 caller_paused", "5.4 model_spoke", "6 caller_said text=天気は？",  # after the answer began
-    "7 caller_spoke", "7 model_said text=どの地域の天気を heard_ms=1600", "8 caller_paused",  # a barge-in
-    "8.2 caller_said text=東京です。", "8.5 model_spoke", "10 model_said text=晴れです。 heard_ms=None",
+    "0.5 model_started_speaking item=m1", "3 model_said item=m1 text=鈴木です。 heard_ms=None",
+    "4 caller_started_speaking item=c1", "5 caller_stopped_speaking item=c1",
+    "5.4 model_started_speaking item=m2", "6 caller_said item=c1 text=天気は？",
+    "7 caller_started_speaking item=c2", "7 model_said item=m2 text=どの地域の天気を heard_ms=1600",
+    "8 caller_stopped_speaking item=c2", "8.2 caller_said item=c2 text=東京です。",
+    "8.5 model_started_speaking item=m3", "10 model_said item=m3 text=晴れです。 heard_ms=None",
 ]  # fmt: skip
 
 
-async def test_late_words_stand_where_they_were_spoken(hook: LoadHook) -> None:
-    transcript = hook("transcript")
-    await transcript.tell_all(PretendCall(), *conversation(*CALL))
-    assert transcript.log == [
-        "CA1 model: 鈴木です。",
-        "CA1 caller: 天気は？",
-        "CA1 model: どの地域の天気を [cut off: 1600 ms heard]",
-        "CA1 caller: 東京です。",
-        "CA1 model: 晴れです。",
+async def lines(hook: LoadHook, folder: Path, *steps: str) -> list[dict[str, Any]]:
+    """The lines of a call's file, as JSON, without the first."""
+    transcript = hook("transcript", TRANSCRIPTS=folder, TRANSCRIPT_FORMAT="jsonl")
+    await transcript.tell_all(PretendCall(), *conversation(*steps))
+    (file,) = folder.iterdir()
+    return [json.loads(line) for line in file.read_text().splitlines()[1:]]
+
+
+def spoke(item: str, at: float) -> list[str]:
+    return [
+        f"{at} caller_started_speaking item={item}",
+        f"{at + 1} caller_stopped_speaking item={item}",
     ]
 
 
-async def test_a_line_is_logged_as_soon_as_it_and_all_before_it_are_known(hook: LoadHook) -> None:
-    transcript, call = hook("transcript"), PretendCall()
-    steps = ["1 caller_spoke", "2 caller_paused", "2.3 model_spoke", "4 model_said text=はい heard_ms=None"]
-    await transcript.tell_all(call, *conversation(*steps)[:-1])
-    assert transcript.log == []  # the caller's words are still to come
-    transcript.module.caller_said(call, 5.0, "もしもし")
-    assert transcript.log == ["CA1 caller: もしもし", "CA1 model: はい"]
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (CALL, ["鈴木です。", "天気は？", "どの地域の天気を", "東京です。", "晴れです。"]),
+        # The words of two turns come in the other order; those of the first never come.
+        ([*spoke("a", 1), *spoke("b", 3), "4.5 caller_said item=b text=取消", "5 caller_said item=a text=予約"],
+         ["予約", "取消"]),
+        ([*spoke("a", 1), *spoke("b", 3), "4.5 caller_said item=b text=取消", "11 caller_said item=a text="],
+         ["", "取消"]),
+        # The second item of an answer is sent ahead; what the caller says meanwhile comes before it.
+        (["1 model_started_speaking item=m1", "1.2 model_started_speaking item=m2", *spoke("c", 2),
+          "3.5 caller_said item=c text=はい", "4 model_said item=m1 text=一つ目 heard_ms=None",
+          "6 model_said item=m2 text=二つ目 heard_ms=None"], ["一つ目", "はい", "二つ目"]),
+        (["1 model_started_speaking item=m1", "2 model_said item=m1 text=聞こえず heard_ms=0"], []),
+        (["1 key_pressed key=1", "1.5 key_pressed key=2", *spoke("c", 2), "3.5 caller_said item=c text=はい",
+          "4 key_pressed key=#"], ["12", "はい", "#"]),
+    ],
+    ids=["in turn", "words out of order", "words missing", "two items", "not heard", "keys"],
+)  # fmt: skip
+async def test_order(hook: LoadHook, tmp_path: Path, steps: list[str], words: list[str]) -> None:
+    """Each line has its own words, and stands where it was spoken."""
+    *told, end = await lines(hook, tmp_path, *steps)
+    assert [line["text"] for line in told] == words
+    assert end["ended"] == "caller hung up"
 
 
-async def test_an_empty_transcription_does_not_take_the_words_of_the_next_turn(hook: LoadHook) -> None:
-    transcript, call = hook("transcript"), PretendCall()
-    steps = ["1 caller_spoke", "2 caller_paused", "3 caller_spoke", "4 caller_paused"]
-    steps += ["4.4 model_used model=gpt-transcribe"]  # the first was a cough
-    steps += ["4.5 caller_said text=もしもし", "4.5 model_used model=gpt-transcribe"]
-    steps += ["5 caller_spoke", "6 caller_paused", "6.5 model_used model=gpt-transcribe"]  # a cough as well
-    steps += ["7 caller_spoke", "8 caller_paused", "8.1 model_used model=gpt-realtime", "8.5 caller_said text=東京"]
-    events = conversation(*steps)
-    for event, _, facts in events:
-        if event == "model_used":
-            transcribed = facts["model"] == "gpt-transcribe"
-            facts["usage"] = {"type": "duration", "seconds": 1} if transcribed else {"input_tokens": 10}
-    await transcript.tell_all(call, *events)
-    words = [line.removeprefix("CA1 caller: ") for line in transcript.log]
-    assert words == ["(no words)", "もしもし", "(no words)", "東京"]
-
-
-async def test_the_usage_of_words_that_came_says_nothing_of_the_next_turn(hook: LoadHook) -> None:
-    transcript, call = hook("transcript"), PretendCall()
-    steps = ["1 caller_spoke", "2 caller_paused", "3 caller_spoke", "4 caller_paused", "4.5 caller_said text=もしもし"]
-    usage = {"usage": {"type": "duration", "seconds": 1}, "model": "gpt-transcribe"}
-    events = [*conversation(*steps)[:-1], ("model_used", 4.6, usage)]
-    await transcript.tell_all(call, *events, *conversation("4.7 caller_said text=はい")[1:])
-    assert transcript.log == ["CA1 caller: もしもし", "CA1 caller: はい"]
-
-
-async def test_what_has_no_words_at_the_end_of_the_call_is_said_to_have_none(hook: LoadHook) -> None:
-    transcript = hook("transcript")
-    steps = ["1 caller_spoke", "2 caller_paused", "2.4 model_spoke", "3 model_said text=一行\n二行 heard_ms=500"]
-    await transcript.tell_all(PretendCall(), *conversation(*steps))
-    assert transcript.log == ["CA1 caller: (no words)", "CA1 model: 一行 二行 [cut off: 500 ms heard]"]
-
-
-async def test_a_transcription_that_never_comes_neither_holds_up_the_log_nor_shifts_the_words(hook: LoadHook) -> None:
-    transcript = hook("transcript")
-    steps = ["1 caller_spoke", "2 caller_paused", "2.5 model_spoke", "4 model_said text=はい heard_ms=None"]
-    steps += ["40 caller_spoke", "41 caller_paused", "42 caller_said text=東京"]
-    await transcript.tell_all(PretendCall(), *conversation(*steps))
-    assert transcript.log == ["CA1 caller: (no words)", "CA1 model: はい", "CA1 caller: 東京"]
-
-
-async def test_a_second_item_of_an_answer_begins_where_the_first_has_ended(hook: LoadHook, tmp_path: Path) -> None:
-    transcript = hook("transcript", TRANSCRIPTS=tmp_path, TRANSCRIPT_FORMAT="jsonl")
-    steps = ["1 model_spoke", "2 model_said text=一つ目 heard_ms=None", "3 caller_spoke"]
-    steps += ["3 model_said text=二つ目 heard_ms=800", "4 caller_paused", "5 caller_said text=あの"]
-    steps += ["5.1 model_said text=聞こえず heard_ms=0"]  # was cut off before its first sound
-    await transcript.tell_all(PretendCall(), *conversation(*steps))
-    assert transcript.log == ["CA1 model: 一つ目", "CA1 model: 二つ目 [cut off: 800 ms heard]", "CA1 caller: あの"]
+async def test_growth(hook: LoadHook, tmp_path: Path) -> None:
+    """A line is written as soon as it and all before it are known."""
+    transcript, call = hook("transcript", TRANSCRIPTS=tmp_path), PretendCall()
+    waiting = [
+        *spoke("c", 1),
+        "2.3 model_started_speaking item=m",
+        "4 model_said item=m text=ええ heard_ms=None",
+    ]
+    transcript.tell(call, *conversation(*waiting)[:-1])
+    await transcript.finish()
     (file,) = tmp_path.iterdir()
-    assert [json.loads(line)["at_s"] for line in file.read_text().splitlines()[1:]] == [1.0, 2.0, 3.0]
+    assert "ええ" not in file.read_text()
+    transcript.module.any_event(call, 5.0, "caller_said", {"item": "c", "text": "もしもし"})
+    assert re.findall("もしもし|ええ", file.read_text()) == ["もしもし", "ええ"]
 
 
-async def test_a_turn_that_a_lost_session_left_open_is_one_turn(hook: LoadHook) -> None:
-    transcript = hook("transcript")
-    steps = ["1 caller_spoke", "2 caller_spoke", "3 caller_paused", "3.5 caller_said text=もしもし"]
-    await transcript.tell_all(PretendCall(), *conversation(*steps))
-    assert transcript.log == ["CA1 caller: もしもし"]
+async def test_broken_off(hook: LoadHook, tmp_path: Path) -> None:
+    """A caller who hangs up in mid-speech is told from one who said nothing."""
+    steps = [*spoke("a", 1), "3 caller_said item=a text=", "4 caller_started_speaking item=b"]
+    steps += ["5 caller_said item=b text="]
+    *told, _ = await lines(hook, tmp_path, *steps)
+    assert [line.get("broken_off", False) for line in told] == [False, True]
 
 
-async def test_nothing_is_written_unless_a_folder_is_named(
-    hook: LoadHook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    await hook("transcript").tell_all(PretendCall(), *conversation(*CALL))
-    assert list(tmp_path.rglob("*")) == []
-
-
-async def test_a_transcript_is_written_as_markdown_for_its_owner_only_with_the_number_masked(
-    hook: LoadHook, tmp_path: Path
-) -> None:
-    await hook("transcript", TRANSCRIPTS=tmp_path / "t").tell_all(PretendCall("CA1/../x"), *conversation(*CALL))
+async def test_markdown(hook: LoadHook, tmp_path: Path) -> None:
+    """A file for its owner only, with the numbers masked and a link to it in the log."""
+    transcript, call = hook("transcript", TRANSCRIPTS=tmp_path / "t"), PretendCall()
+    await transcript.tell_all(call, *conversation(*CALL, "10.5 caller_started_speaking item=c3"))
     (file,) = (tmp_path / "t").iterdir()
-    assert re.fullmatch(r"\d{8}T\d{6}Z-CA1x\.md", file.name)
+    assert re.fullmatch(r"\d{8}T\d{6}Z-CA1\.md", file.name)
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-    text = file.read_text()
-    assert "+********5678 → " in text and "12345678" not in text
-    assert text.splitlines()[4:7] == [
+    (record,) = transcript.records
+    assert (record.getMessage(), record.call, call.notes["transcript"]) == (
+        file.as_uri(),
+        "CA1",
+        str(file),
+    )
+    title, _, numbers, _, *told = file.read_text().splitlines()
+    assert title.startswith("# 通話の記録 20")
+    assert numbers == "+********5678 → +*******0000 (CA1)"
+    assert told == [
         "- 0:00 **AI** 鈴木です。",
         "- 0:04 **発信者** 天気は？",
         "- 0:05 **AI** どの地域の天気を *（1.6 秒まで再生）*",
+        "- 0:07 **発信者** 東京です。",
+        "- 0:08 **AI** 晴れです。",
+        "- 0:10 **発信者** （話の途中で途切れました）",
+        "- 0:11 **通話終了** 発信者が切断",
     ]
 
 
-async def test_a_transcript_is_written_as_json_lines_on_request(hook: LoadHook, tmp_path: Path) -> None:
-    settings = {"TRANSCRIPTS": tmp_path, "TRANSCRIPT_FORMAT": "jsonl"}
-    await hook("transcript", **settings).tell_all(PretendCall(), *conversation(*CALL))
-    (file,) = tmp_path.glob("*.jsonl")
-    first, *lines = map(json.loads, file.read_text().splitlines())
-    assert (first["call"], first["caller"]) == ("CA1", "+********5678")
-    assert lines[2] == {"at_s": 5.4, "side": "model", "text": "どの地域の天気を", "heard_ms": 1600}
-    assert [line["side"] for line in lines] == ["model", "caller", "model", "caller", "model"]
-
-
-async def test_a_wrong_transcript_format_is_one_clear_error_and_no_file(hook: LoadHook, tmp_path: Path) -> None:
-    wrong_format = hook("transcript", TRANSCRIPTS=tmp_path / "t", TRANSCRIPT_FORMAT="pdf")
-    assert len(wrong_format.log) == 1 and "md or jsonl" in wrong_format.log[0]
-    assert not (tmp_path / "t").exists()
-
-
-@pytest.mark.parametrize("folder", ["file", "/proc"])  # the second is there, and nobody can write to it
-async def test_a_folder_that_takes_no_transcripts_is_one_error_at_the_start_and_the_words_are_logged_all_the_same(
-    hook: LoadHook, tmp_path: Path, folder: str
-) -> None:
-    (tmp_path / "file").write_text("")
-    transcript = hook("transcript", TRANSCRIPTS=f" {tmp_path / folder} ")
-    (error,) = transcript.errors
-    assert "TRANSCRIPTS" in error and "Name a folder that can be written to" in error
+async def test_no_folder(hook: LoadHook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written unless a folder is named."""
+    monkeypatch.chdir(tmp_path)
+    transcript = hook("transcript")
     await transcript.tell_all(PretendCall(), *conversation(*CALL))
-    assert len(transcript.log) == 1 + 5
+    assert list(tmp_path.rglob("*")) == [] == transcript.log
+
+
+@pytest.mark.parametrize("setting", [{"TRANSCRIPT_FORMAT": "txt"}, {"TRANSCRIPTS": "/proc/no"}])
+def test_wrong_setting(hook: LoadHook, setting: dict[str, str]) -> None:
+    refused(hook, "transcript", **setting)
