@@ -82,9 +82,9 @@ def bill(usage: Any, price: dict[str, float], kind: str) -> dict[str, tuple[floa
             raise ValueError("some of it is neither text nor audio")
         if text_cached + audio_cached != (given.get("cached_tokens") or 0):
             raise ValueError("some of what was cached is neither text nor audio")
-        # A transcription makes text alone.
-        made = {} if kind == "transcription" else usage["output_token_details"]
-        audio_out = made.get("audio_tokens", 0)
+        audio_out = 0  # a transcription makes text alone
+        if kind != "transcription":
+            audio_out = usage["output_token_details"]["audio_tokens"]
         amounts = {
             "text_in": text - text_cached,  # what was cached is contained in the input
             "text_cached": text_cached,
@@ -115,15 +115,9 @@ spent: dict[str, float] = {}  # today's date -> dollars
 
 def call_started(call: Any, at: float) -> None:
     # "parts" has {(model, part): (tokens or minutes, dollars)}, and "known_usd" is their sum.
-    empty: dict[str, Any] = {
-        "usd": 0.0,
-        "known_usd": 0.0,
-        "parts": {},
-        "unknown": set(),
-        "began": at,
-    }
+    cost: dict[str, Any] = {"usd": 0.0, "known_usd": 0.0, "parts": {}, "unknown": set()}
     # A call whose stream was lost comes again, and goes on with the same budget.
-    call.notes.setdefault("cost", empty)["ending"] = False
+    call.notes.setdefault("cost", cost | {"began": at})["ending"] = False
     end_when_spent(call)
 
 
@@ -131,21 +125,13 @@ def model_used(call: Any, usage: Any, model: str, kind: str) -> None:
     if not OPENAI_BILLS:
         return
     cost = call.notes["cost"]
-    name = re.sub(
-        r"-\d{4}-\d\d-\d\d$", "", model
-    )  # gpt-realtime-2025-08-28 costs what gpt-realtime does
+    name = re.sub(r"-\d{4}-\d\d-\d\d$", "", model)  # a dated model costs what its name does
     try:
         parts = bill(usage, PRICES[name], kind)
     except (LookupError, TypeError, ValueError):
-        why = (
-            "no price for it"
-            if name not in PRICES
-            else "usage without details"
-            if usage
-            else "usage not reported"
-        )
-        cost["unknown"].add(f"{model} ({why})")
         parts = {}
+        why = "usage without details" if usage else "usage not reported"
+        cost["unknown"].add(f"{model} ({why if name in PRICES else 'no price for it'})")
     for part, (amount, usd) in parts.items():
         amount_before, usd_before = cost["parts"].get((model, part), (0, 0.0))
         cost["parts"][model, part] = (amount_before + amount, usd_before + usd)
@@ -171,10 +157,12 @@ def end_when_spent(call: Any) -> None:
 
 def call_ended(call: Any, at: float) -> None:
     cost = call.notes["cost"]
-    shown, numbers = (
-        [],
-        {"call": call.sid, "usd": round(cost["known_usd"], 6), "complete": not cost["unknown"]},
-    )
+    numbers = {
+        "call": call.sid,
+        "usd": round(cost["known_usd"], 6),
+        "complete": not cost["unknown"],
+    }
+    shown = []
     for (model, part), (amount, usd) in cost["parts"].items():
         if part == "minute":
             shown.append(f"{model} ${usd:.4f} ({amount:.2f} minutes)")
@@ -186,7 +174,7 @@ def call_ended(call: Any, at: float) -> None:
     text = f"{total}: {', '.join(shown) or 'nothing'}"
     if TWILIO_BILLS:
         minutes = max(1, math.ceil((at - cost["began"]) / 60))  # Twilio bills every minute begun
-        numbers |= {"twilio_usd": round(minutes * TWILIO_PER_MINUTE, 4)}
+        numbers["twilio_usd"] = round(minutes * TWILIO_PER_MINUTE, 4)
         text += f"; Twilio's ${minutes * TWILIO_PER_MINUTE:.4f} ({minutes} min) come on top"
     if OPENAI_BILLS or TWILIO_BILLS:
         log.info(text, extra=numbers)
