@@ -1,10 +1,12 @@
 """What day and what time it is: a model does not know, and guesses.
 
-The caller asks 「今、何時ですか」 or 「ニューヨークは今何時？」, or the model needs the date for something else: it
-calls `current_time` and gets the date, the weekday and the time, in Japan or elsewhere.
+The caller asks 「今、何時ですか」 or 「ニューヨークは今何時？」, or the model needs the date for
+something else: it calls `current_time` and gets the date, the weekday and the time, in Japan or
+elsewhere.
 
-Settings: none. Nothing is stored. Japan's time needs nothing but a clock that is right. Other times need the computer's
-time zone data; where there is none (Windows, very small containers), `pip install tzdata` adds it.
+No settings, and nothing is stored. Japan's time needs nothing but a clock that is right. Other
+times need the computer's time zone data; where there is none (Windows, very small containers),
+`pip install tzdata` adds it.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ from zoneinfo import ZoneInfo, available_timezones
 JST = timezone(timedelta(hours=9))  # Japan has no summer time, so it needs no time zone data
 JAPAN = (
     "",
+    "日本",
+    "東京",
+    "大阪",
+    "京都",
     "japan",
     "jst",
     "asia/tokyo",
     "tokyo",
     "osaka",
     "kyoto",
-    "日本",
-    "東京",
-    "大阪",
-    "京都",
 )
-NAMES = {  # what callers say; the last part of a zone's own name (london, new_york) need not be here
+NAMES = {  # what callers say; the last part of a zone's own name (london) need not be here
     "Europe/London": "ロンドン イギリス 英国 uk england",
     "Europe/Paris": "パリ フランス france",
     "Europe/Berlin": "ベルリン ドイツ germany",
@@ -54,21 +56,22 @@ NAMES = {  # what callers say; the last part of a zone's own name (london, new_y
 
 
 def current_time(
-    place: Annotated[
-        str, "Empty for Japan; else a large city, or an IANA time zone such as Europe/London"
-    ] = "",
+    place: Annotated[str, "Empty for Japan; else a large city, or a zone like Europe/London"] = "",
 ) -> dict[str, Any] | str:
-    """The date, weekday and time now, in Japan or elsewhere. Always use this; you do not know the date yourself."""
+    """The date, weekday and time now, in Japan or elsewhere. Always use it: you do not know."""
     zone = find_zone(place)
     if zone is None and not available_timezones():
-        return "Only the time of Japan is known here (leave the place out for it). Tell the caller so; do not guess."
+        return "Only the time of Japan is known here (leave out the place). Say so; do not guess."
     if zone is None:
-        return f"The time zone of {place} is not known. If it is in Japan, leave it out; else name a larger city nearby."
+        return (
+            f"The time zone of {place} is not known. In Japan, leave it out; else give a big city."
+        )
     there = now().astimezone(zone)
+    weekday = "月火水木金土日"[there.weekday()]
     era = f"（令和{there.year - 2018}年）" if zone is JST else ""
     return {
         "place": "日本" if zone is JST else f"{place} ({zone})",
-        "date": f"{there.year}年{era}{there.month}月{there.day}日（{'月火水木金土日'[there.weekday()]}曜日）",
+        "date": f"{there.year}年{era}{there.month}月{there.day}日（{weekday}曜日）",
         "time": f"{there.hour}時{there.minute}分",
         "compared_to_japan": compared_to_japan(there.utcoffset() or timedelta()),
         "summer_time": bool(there.dst()),
@@ -84,11 +87,8 @@ def find_zone(place: str) -> tzinfo | None:
     if name in JAPAN:
         return JST
     for zone in sorted(available_timezones()):
-        if name in (
-            zone.casefold(),
-            zone.casefold().rpartition("/")[2],
-            *NAMES.get(zone, "").split(),
-        ):
+        own = zone.casefold()
+        if name in (own, own.rpartition("/")[2], *NAMES.get(zone, "").split()):
             return ZoneInfo(zone)
     return None
 
@@ -98,7 +98,8 @@ def compared_to_japan(offset: timedelta) -> str:
     if minutes == 0:
         return "日本と同じ"
     hours, rest = divmod(abs(minutes), 60)
-    return f"日本より{hours}時間{f'{rest}分' if rest else ''}{'進んでいる' if minutes > 0 else '遅れている'}"
+    ahead = "進んでいる" if minutes > 0 else "遅れている"
+    return f"日本より{hours}時間{f'{rest}分' if rest else ''}{ahead}"
 
 
 TOOLS = [current_time]

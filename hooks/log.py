@@ -184,7 +184,7 @@ class Text(logging.Formatter):
                     )  # nobody knows it better
                     text = text[:at] + paint(f" ✂ {text[at:]}", STRUCK)
             case "tool_used":
-                text = one_line(f"{facts['name']}({facts['arguments']}) → {facts['result']}")[:500]
+                text = one_line(f"{facts['name']}({facts['arguments']}) → {facts['result']}")[:300]
                 remarks.append(f"{facts['seconds']:.2f} s")
             case "call_ended":
                 text = f"ended: {one_line(facts['reason'])}"

@@ -32,7 +32,7 @@ from urllib.parse import quote
 log = logging.getLogger("report")
 
 ROW_S = 30.0  # seconds of the call in one row of the time line
-IN_CONVERSATION = ("caller", "model", "tool", "key", "error")  # the kinds that stand in the conversation
+IN_CONVERSATION = ("caller", "model", "tool", "key", "error")  # the others are bars only
 PAGE = Template(Path(__file__).with_name("_report.html").read_text("utf-8"))
 
 WORDS = {  # of the page: Japanese, English

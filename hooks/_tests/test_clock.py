@@ -31,7 +31,11 @@ def clock(hook: LoadHook) -> Ask:
 
 async def test_the_time_is_japans_unless_another_is_asked_for(clock: Ask) -> None:
     told = await clock("2026-11-23T16:05+00:00")
-    assert (told["place"], told["date"], told["time"]) == ("日本", "2026年（令和8年）11月24日（火曜日）", "1時5分")
+    assert (told["place"], told["date"], told["time"]) == (
+        "日本",
+        "2026年（令和8年）11月24日（火曜日）",
+        "1時5分",
+    )
     assert told == await clock("2026-11-23T16:05+00:00", place="東京")
 
 
@@ -46,7 +50,9 @@ async def test_the_time_is_japans_unless_another_is_asked_for(clock: Ask) -> Non
         ("Seoul", "1時5分", "日本と同じ"),
     ],
 )
-async def test_elsewhere_it_is_another_time(clock: Ask, place: str, time_there: str, compared: str) -> None:
+async def test_elsewhere_it_is_another_time(
+    clock: Ask, place: str, time_there: str, compared: str
+) -> None:
     told = await clock("2026-07-01T16:05+00:00", place=place)
     assert (told["time"], told["compared_to_japan"]) == (time_there, compared)
 
@@ -58,7 +64,12 @@ async def test_an_unknown_time_zone_is_said_to_be_unknown(clock: Ask, place: str
 
 def test_without_time_zone_data_there_is_still_the_time_of_japan() -> None:
     code = "import clock; print(clock.current_time()['place'], clock.current_time('London'))"
-    environment = {**os.environ, "PYTHONTZPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONTZPATH": "",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUTF8": "1",
+    }
     hide_tzdata = "import sys; sys.modules['tzdata'] = None; "
     done = subprocess.run(
         [sys.executable, "-c", hide_tzdata + code],

@@ -99,7 +99,7 @@ async def test_transcription(cost: Loaded) -> None:
     [
         ("gpt-realtime-2025-08-28", 0.032), ("gpt-realtime-mini-2025-12-15", 0.010),
         ("gpt-realtime-2.1", 0.032), ("gpt-realtime-2.1-mini", 0.010),
-        ("gpt-realtime-3", None), ("gpt-realtime-2.1-max", None), ("my-azure-deployment", None), ("", None),
+        ("gpt-realtime-3", None), ("gpt-realtime-2.1-max", None), ("my-deployment", None), ("", None),
     ],
 )  # fmt: skip
 async def test_price(cost: Loaded, model: str, usd_of_1000_audio_in: float | None) -> None:
@@ -117,7 +117,8 @@ async def test_price(cost: Loaded, model: str, usd_of_1000_audio_in: float | Non
         {**answer(audio_in=9), "input_token_details": None},
         {**answer(audio_out=9), "output_token_details": None},
         {**answer(audio_in=9), "input_tokens": 600},  # with images
-        {**answer(audio_in=9), "input_token_details": {"text_tokens": 0, "audio_tokens": 9, "cached_tokens": 8}},
+        {**answer(audio_in=9), "input_token_details":
+            {"text_tokens": 0, "audio_tokens": 9, "cached_tokens": 8}},
         answer(audio_in=9, audio_cached=10),
     ],
 )  # fmt: skip

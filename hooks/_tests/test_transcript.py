@@ -40,17 +40,17 @@ def spoke(item: str, at: float) -> list[str]:
     [
         (CALL, ["鈴木です。", "天気は？", "どの地域の天気を", "東京です。", "晴れです。"]),
         # The words of two turns come in the other order; those of the first never come.
-        ([*spoke("a", 1), *spoke("b", 3), "4.5 caller_said item=b text=取消", "5 caller_said item=a text=予約"],
-         ["予約", "取消"]),
-        ([*spoke("a", 1), *spoke("b", 3), "4.5 caller_said item=b text=取消", "11 caller_said item=a text="],
-         ["", "取消"]),
-        # The second item of an answer is sent ahead; what the caller says meanwhile comes before it.
+        ([*spoke("a", 1), *spoke("b", 3), "4.5 caller_said item=b text=取消",
+          "5 caller_said item=a text=予約"], ["予約", "取消"]),
+        ([*spoke("a", 1), *spoke("b", 3), "4.5 caller_said item=b text=取消",
+          "11 caller_said item=a text="], ["", "取消"]),
+        # An answer's second item is sent ahead; what the caller says meanwhile comes before it.
         (["1 model_started_speaking item=m1", "1.2 model_started_speaking item=m2", *spoke("c", 2),
           "3.5 caller_said item=c text=はい", "4 model_said item=m1 text=一つ目 heard_ms=None",
           "6 model_said item=m2 text=二つ目 heard_ms=None"], ["一つ目", "はい", "二つ目"]),
         (["1 model_started_speaking item=m1", "2 model_said item=m1 text=聞こえず heard_ms=0"], []),
-        (["1 key_pressed key=1", "1.5 key_pressed key=2", *spoke("c", 2), "3.5 caller_said item=c text=はい",
-          "4 key_pressed key=#"], ["12", "はい", "#"]),
+        (["1 key_pressed key=1", "1.5 key_pressed key=2", *spoke("c", 2),
+          "3.5 caller_said item=c text=はい", "4 key_pressed key=#"], ["12", "はい", "#"]),
     ],
     ids=["in turn", "words out of order", "words missing", "two items", "not heard", "keys"],
 )  # fmt: skip

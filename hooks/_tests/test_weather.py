@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from conftest import HOOKS, Loaded, LoadHook, PretendCall
+from conftest import HOOKS, Loaded, LoadHook, PretendCall, refused
 
 SAMPLE = HOOKS / "_jma_sample.json"  # a few places of the documents
 AREAS = "/common/const/area.json"
@@ -21,7 +21,7 @@ TOKYO = "/forecast/data/forecast/130000.json"
 
 
 class Agency(ThreadingHTTPServer):
-    """The pretend agency. `serve` says which documents there are; what is None is sent a byte every 50 ms, for ever."""
+    """The pretend agency, with what `serve` gave it; None is sent as a byte every 50 ms, for ever."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -33,7 +33,9 @@ class Agency(ThreadingHTTPServer):
         self.closing = threading.Event()
 
     def serve(self, path: str, document: str | bytes | None) -> None:
-        self.served[path] = json.dumps(self.documents[document]).encode() if isinstance(document, str) else document
+        self.served[path] = (
+            json.dumps(self.documents[document]).encode() if isinstance(document, str) else document
+        )
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -84,7 +86,7 @@ def weather(agency: Agency, hook: LoadHook, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def ask(weather: Loaded) -> Ask:
-    """Call the tool as the model does, at a time of February 2022; text that is JSON comes back read."""
+    """Call the tool as the model does, in February 2022; text that is JSON comes back read."""
 
     async def asked(place: str, day: str = "tomorrow", at: str = "2022-02-22 08:00") -> Any:
         weather.module.now = lambda: datetime.fromisoformat(at + "+09:00")
@@ -109,7 +111,12 @@ async def test_tomorrow_in_tokyo_is_what_the_agency_says_and_when(ask: Ask) -> N
         "other_areas": ["伊豆諸島北部", "伊豆諸島南部", "小笠原諸島"],
         "date": "2月23日（水）",
         "weather": "晴れ 昼過ぎ から 時々 くもり",
-        "chance_of_rain": {"0時から6時": "0%", "6時から12時": "0%", "12時から18時": "10%", "18時から24時": "10%"},
+        "chance_of_rain": {
+            "0時から6時": "0%",
+            "6時から12時": "0%",
+            "12時から18時": "10%",
+            "18時から24時": "10%",
+        },
         "temperature": {"station": "東京", "minimum_celsius": 0, "maximum_celsius": 9},
         "issued": "気象庁 2月22日（火）5時00分発表（日本時間）",
         "source": "気象庁 (Japan Meteorological Agency)。出典：気象庁ホームページ",
@@ -119,9 +126,13 @@ async def test_tomorrow_in_tokyo_is_what_the_agency_says_and_when(ask: Ask) -> N
 @pytest.mark.parametrize(
     ("names", "office"),
     [
-        ("東京 東京都 Tokyo TOKYO とうきょう トウキョウ tōkyō 千代田区 東京都千代田区 八丈島", "130000"),
         (
-            "横浜 横浜市 Yokohama よこはま ﾖｺﾊﾏ Yokohama-shi 横浜市青葉区 神奈川県 かながわけん Kanagawa 茅ヶ崎 茅ケ崎",
+            "東京 東京都 Tokyo TOKYO とうきょう トウキョウ tōkyō 千代田区 東京都千代田区 八丈島",
+            "130000",
+        ),
+        (
+            "横浜 横浜市 Yokohama よこはま ﾖｺﾊﾏ Yokohama-shi 横浜市青葉区 神奈川県 かながわけん "
+            "Kanagawa 茅ヶ崎 茅ケ崎",
             "140000",
         ),
         ("札幌 Sapporo さっぽろ 札幌市中央区 北海道札幌市 札幌市（北海道）", "016000"),
@@ -130,7 +141,10 @@ async def test_tomorrow_in_tokyo_is_what_the_agency_says_and_when(ask: Ask) -> N
         ("仙台 Sendai せんだい 仙台市西部 宮城県", "040000"),
         ("山形 Yamagata やまがた", "060000"),
         ("佐世保 Sasebo させぼ", "420000"),
-        ("奄美 奄美市 Amami あまみ 奄美地方 鹿児島 鹿児島県 Kagoshima", "460100"),  # 奄美 has no document of its own
+        (
+            "奄美 奄美市 Amami あまみ 奄美地方 鹿児島 鹿児島県 Kagoshima",
+            "460100",
+        ),  # 奄美 has no document of its own
         ("帯広 Obihiro 十勝 釧路 Kushiro くしろ", "014100"),  # nor has 十勝
     ],
 )
@@ -144,7 +158,9 @@ async def test_a_place_is_known_by_any_of_its_names(
         assert agency.asked[-1:] == [f"/forecast/data/forecast/{office}.json"], name
 
 
-async def test_every_municipality_is_found_by_its_names(ask: Ask, weather: Loaded, agency: Agency) -> None:
+async def test_every_municipality_is_found_by_its_names(
+    ask: Ask, weather: Loaded, agency: Agency
+) -> None:
     await ask("東京")
     areas = agency.documents["area.json"]
     places, prefectures = known_places(weather), set()
@@ -152,7 +168,9 @@ async def test_every_municipality_is_found_by_its_names(ask: Ask, weather: Loade
         area = areas["class15s"][town["parent"]]["parent"]
         if code.endswith("00"):  # not one of the parts of a divided one
             office = areas["class10s"][area]["parent"]
-            prefecture = {"01": "北海道", "47": "沖縄県"}.get(code[:2], areas["offices"][office]["name"])
+            prefecture = {"01": "北海道", "47": "沖縄県"}.get(
+                code[:2], areas["offices"][office]["name"]
+            )
             prefecture = "鹿児島県" if code.startswith("46") else prefecture
             prefectures.add(prefecture)
             for name in (town["name"], town["kana"], town["enName"]):
@@ -175,8 +193,14 @@ async def test_the_minimum_is_that_of_the_morning_and_todays_is_not_told(
 
 
 async def test_what_is_past_of_today_is_not_told(ask: Ask) -> None:
-    assert list((await ask("東京", "today", at="2022-02-22 05:10"))["chance_of_rain"])[0] == "6時から12時"
-    assert list((await ask("東京", "today", at="2022-02-22 12:00"))["chance_of_rain"])[0] == "12時から18時"
+    assert (
+        list((await ask("東京", "today", at="2022-02-22 05:10"))["chance_of_rain"])[0]
+        == "6時から12時"
+    )
+    assert (
+        list((await ask("東京", "today", at="2022-02-22 12:00"))["chance_of_rain"])[0]
+        == "12時から18時"
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,7 +211,14 @@ async def test_what_is_past_of_today_is_not_told(ask: Ask) -> None:
         ("会津若松", "2022-02-22 12:00", "会津", "若松", -3, 1),
         ("長野県", "2022-02-25 09:00", "北部", "長野", -6, 9),
         ("松本", "2022-02-25 09:00", "中部", "松本", -6, 10),
-        ("飯田", "2022-02-25 09:00", "南部", "飯田", -5, 10),  # the third area, but the fourth station
+        (
+            "飯田",
+            "2022-02-25 09:00",
+            "南部",
+            "飯田",
+            -5,
+            10,
+        ),  # the third area, but the fourth station
         ("長野県南部", "2022-02-25 09:00", "南部", "飯田", -5, 10),
         ("軽井沢", "2022-02-25 09:00", "中部", "軽井沢", -10, 6),
         ("小笠原", "2022-02-22 08:00", "小笠原諸島", "父島", 14, 19),
@@ -198,15 +229,25 @@ async def test_a_temperature_is_that_of_a_station_in_the_area_and_says_so(
 ) -> None:
     told = await ask(place, "tomorrow", at)
     assert told["area"] == area
-    assert told["temperature"] == {"station": station, "minimum_celsius": minimum, "maximum_celsius": maximum}
+    assert told["temperature"] == {
+        "station": station,
+        "minimum_celsius": minimum,
+        "maximum_celsius": maximum,
+    }
 
 
 async def test_a_day_that_is_told_in_codes_is_put_into_words(ask: Ask) -> None:
     told = await ask("飯田", "sunday", at="2022-02-25 09:00")
-    assert (told["date"], told["area"], told["weather"]) == ("2月27日（日）", "中部・南部", "くもり時々晴れ")
+    assert (told["date"], told["area"], told["weather"]) == (
+        "2月27日（日）",
+        "中部・南部",
+        "くもり時々晴れ",
+    )
     assert told["chance_of_rain"] == {"一日": "30%"}
     assert told["temperature"] == {"station": "松本", "minimum_celsius": 0, "maximum_celsius": 9}
-    assert told["issued"] == "長野地方気象台 2月24日（木）17時00分発表（日本時間）"  # the week's, not the morning's
+    assert (
+        told["issued"] == "長野地方気象台 2月24日（木）17時00分発表（日本時間）"
+    )  # the week's, not the morning's
     assert (await ask("東京", "day_after_tomorrow"))["weather"] == "晴れ時々くもり"
     assert (await ask("会津若松", "saturday", at="2022-02-22 12:00"))["weather"] == "くもり時々晴れ"
 
@@ -230,14 +271,24 @@ async def test_a_name_of_several_places_is_asked_back_and_its_answer_understood(
     assert (await ask("福島県伊達市", at="2022-02-22 12:00"))["area"] == "中通り"
 
 
-async def test_a_city_is_meant_rather_than_its_prefecture_or_a_town(ask: Ask, weather: Loaded) -> None:
+async def test_a_city_is_meant_rather_than_its_prefecture_or_a_town(
+    ask: Ask, weather: Loaded
+) -> None:
     await ask("東京")
-    meant = {"山口": "山口市", "山口県": "山口県", "Yokohama": "横浜市", "横浜町": "横浜町", "仙台": "仙台市"}
+    meant = {
+        "山口": "山口市",
+        "山口県": "山口県",
+        "Yokohama": "横浜市",
+        "横浜町": "横浜町",
+        "仙台": "仙台市",
+    }
     for name, place in meant.items():
         assert [found.name for found in weather.module.find(name, known_places(weather))] == [place]
 
 
-@pytest.mark.parametrize("place", ["London", "ソウル", "月", "", "  ", "../../etc/passwd", "東" * 5000])
+@pytest.mark.parametrize(
+    "place", ["London", "ソウル", "月", "", "  ", "../../etc/passwd", "東" * 5000]
+)
 async def test_an_unknown_place_is_said_to_be_unknown(ask: Ask, agency: Agency, place: str) -> None:
     told = await ask(place)
     assert told.startswith("There is no forecast for") and "東京都" in told
@@ -245,7 +296,9 @@ async def test_an_unknown_place_is_said_to_be_unknown(ask: Ask, agency: Agency, 
 
 
 async def test_no_other_day_is_told_in_place_of_one_that_is_not_there(ask: Ask) -> None:
-    old = await ask("東京", "tomorrow", at="2022-02-24 08:00")  # the week has the 25th, but it is of the 21st
+    old = await ask(
+        "東京", "tomorrow", at="2022-02-24 08:00"
+    )  # the week has the 25th, but it is of the 21st
     assert "2月21日（月）" in old and "too old" in old and "invent" in old
     absent = await ask("東京", "today", at="2022-02-21 20:00")
     assert "does not tell of 2月21日（月）" in absent and "invent" in absent
@@ -265,7 +318,9 @@ async def test_no_other_day_is_told_in_place_of_one_that_is_not_there(ask: Ask) 
         b"\xff\xfe",
     ],
 )
-async def test_garbage_is_no_forecast(ask: Ask, weather: Loaded, agency: Agency, garbage: bytes) -> None:
+async def test_garbage_is_no_forecast(
+    ask: Ask, weather: Loaded, agency: Agency, garbage: bytes
+) -> None:
     agency.serve(TOKYO, garbage)
     assert "Do not guess or invent" in await ask("東京")
     agency.serve(AREAS, garbage)
@@ -273,7 +328,9 @@ async def test_garbage_is_no_forecast(ask: Ask, weather: Loaded, agency: Agency,
     assert "Do not guess or invent" in await ask("東京")
 
 
-async def test_a_broken_document_of_the_right_form_is_no_forecast(ask: Ask, weather: Loaded, agency: Agency) -> None:
+async def test_a_broken_document_of_the_right_form_is_no_forecast(
+    ask: Ask, weather: Loaded, agency: Agency
+) -> None:
     whole = json.dumps(agency.documents["forecast-130000-0500.json"])
     for change in (
         ("130010", "139999"),
@@ -291,7 +348,9 @@ async def test_an_empty_text_is_no_value(ask: Ask, agency: Agency) -> None:
     whole = json.dumps(agency.documents["forecast-130000-0500.json"])
     agency.serve(TOKYO, whole.replace('["10", "10", "0", "9"]', '["", "", "", ""]').encode())
     assert (await ask("東京", "today"))["temperature"] is None
-    assert (await ask("東京", "tomorrow"))["temperature"]["maximum_celsius"] == 9  # the week knows it
+    assert (await ask("東京", "tomorrow"))["temperature"][
+        "maximum_celsius"
+    ] == 9  # the week knows it
 
 
 @pytest.mark.parametrize("trouble", ["down", "both slow", "never ending"])
@@ -311,7 +370,9 @@ async def test_when_the_agency_is_down_or_slow_nothing_is_invented_and_nobody_wa
     assert time.monotonic() - began < 0.45
 
 
-async def test_a_request_that_never_ends_is_given_up(ask: Ask, weather: Loaded, agency: Agency) -> None:
+async def test_a_request_that_never_ends_is_given_up(
+    ask: Ask, weather: Loaded, agency: Agency
+) -> None:
     weather.module.LIMIT_S = 0.2
     agency.serve(TOKYO, None)
     await ask("東京")
@@ -319,14 +380,18 @@ async def test_a_request_that_never_ends_is_given_up(ask: Ask, weather: Loaded, 
     assert isinstance(await asyncio.to_thread(coming.exception, 2), TimeoutError)
 
 
-async def test_many_callers_at_once_cost_the_agency_one_request_each_document(ask: Ask, agency: Agency) -> None:
+async def test_many_callers_at_once_cost_the_agency_one_request_each_document(
+    ask: Ask, agency: Agency
+) -> None:
     agency.delay_s = 0.1
     told = await asyncio.gather(*(ask("東京") for _ in range(20)))
     assert all(one == told[0] and one["place"] == "東京都" for one in told)
     assert agency.asked == [AREAS, TOKYO]
 
 
-async def test_a_slow_document_does_not_hold_up_those_who_want_another(ask: Ask, agency: Agency) -> None:
+async def test_a_slow_document_does_not_hold_up_those_who_want_another(
+    ask: Ask, agency: Agency
+) -> None:
     await ask("東京")
     agency.serve("/forecast/data/forecast/140000.json", None)
     waiting = asyncio.create_task(ask("横浜"))
@@ -355,25 +420,35 @@ async def test_the_failure_is_in_the_log_in_one_line(
 ) -> None:
     agency.served.clear()
     await ask("東京")
-    assert [(record.levelname, record.exc_info) for record in caplog.records if record.name == "weather"] == [
-        ("WARNING", None)
-    ]
+    assert [
+        (record.levelname, record.exc_info) for record in caplog.records if record.name == "weather"
+    ] == [("WARNING", None)]
     assert "404" in caplog.text and agency.url in caplog.text
 
 
-def test_a_wrong_weather_url_is_said_and_turns_the_tool_off(hook: LoadHook) -> None:
-    weather = hook("weather", WEATHER_URL="file:///etc")
-    assert weather.host.tools == []
-    assert weather.errors[0].startswith("WEATHER_URL")
+def test_a_wrong_weather_url_stops_the_start(hook: LoadHook) -> None:
+    refused(hook, "weather", WEATHER_URL="file:///etc")
 
 
 def test_the_model_is_told_which_days_it_may_ask_for(weather: Loaded) -> None:
     (tool,) = weather.host.tools
     assert tool["parameters"]["required"] == ["place"]
-    assert tool["parameters"]["properties"]["day"]["enum"][:4] == ["today", "tomorrow", "day_after_tomorrow", "monday"]
+    assert tool["parameters"]["properties"]["day"]["enum"][:4] == [
+        "today",
+        "tomorrow",
+        "day_after_tomorrow",
+        "monday",
+    ]
 
 
 def test_every_code_of_the_documents_has_words(weather: Loaded, agency: Agency) -> None:
     known = {word[:3] for word in weather.module.TELOPS.split()}
     forecasts = [one for name, one in agency.documents.items() if name.startswith("forecast")]
-    assert set(re.findall(r'"([1-4]\d\d)"', json.dumps([week["timeSeries"][0] for _, week in forecasts]))) <= known
+    assert (
+        set(
+            re.findall(
+                r'"([1-4]\d\d)"', json.dumps([week["timeSeries"][0] for _, week in forecasts])
+            )
+        )
+        <= known
+    )
