@@ -101,11 +101,8 @@ class Json(logging.Formatter):
         if "event" in more:
             line |= {"call": more["call"], "event": more["event"], **more["facts"]}
         else:
-            line |= {
-                "level": record.levelname,
-                "logger": record.name,
-                "message": record.getMessage(),
-            } | more
+            line |= {"level": record.levelname, "logger": record.name}
+            line |= {"message": record.getMessage(), **more}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return clean(json.dumps(line, ensure_ascii=False, default=str))
@@ -123,7 +120,7 @@ COLUMNS = {
 }
 DIM, STRUCK, RED, YELLOW = "2", "2;9", "31", "33"
 COLOUR = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def paint(text: str, colour: str) -> str:

@@ -99,7 +99,7 @@ async def test_transcription(cost: Loaded) -> None:
     [
         ("gpt-realtime-2025-08-28", 0.032), ("gpt-realtime-mini-2025-12-15", 0.010),
         ("gpt-realtime-2.1", 0.032), ("gpt-realtime-2.1-mini", 0.010),
-        ("gpt-realtime-3", None), ("gpt-realtime-2.1-max", None), ("my-deployment", None), ("", None),
+        ("gpt-realtime-3", None), ("gpt-realtime-2.1-max", None), ("deployed", None), ("", None),
     ],
 )  # fmt: skip
 async def test_price(cost: Loaded, model: str, usd_of_1000_audio_in: float | None) -> None:

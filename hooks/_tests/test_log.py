@@ -105,6 +105,9 @@ async def test_text(logged: Logged) -> None:
     ]
     lines = await logged(*events, call=call, LOG_FORMAT="text")
     assert all(line[8:16] == " a1b2c3 " for line in lines)
+    assert lines[0][:8] == time.strftime(
+        "%H:%M:%S", time.localtime(time.time() - time.monotonic() + LONG_AGO)
+    )
     assert [line[16:] for line in lines] == [
         "call       +********5678 → +*******0000",
         "caller ▸   天気は ？",

@@ -81,7 +81,7 @@ def said(
     return [
         ("model_started_speaking", at, {"item": item}),
         *([("model_interrupted", until, cut)] if sent_ms else []),
-        ("model_said", until, {"item": item, "text": text, "heard_ms": heard_ms}),
+        ("model_said", until + 0.2, {"item": item, "text": text, "heard_ms": heard_ms}),
     ]
 
 
@@ -100,7 +100,7 @@ async def test_turns(hook: LoadHook, tmp_path: Path) -> None:
     talk = [*said(0, 2, "こんにちは。"), *spoke(3, 5, "天気は？"), *said(5.8, 8, "晴れです。")]
     page = await report(hook, tmp_path, *talk)
     assert [across(bar) for bar in page.all("rect", "caller")] == [(3, 5)]
-    assert [across(bar) for bar in page.all("rect", "model")] == [(0, 2), (5.8, 8)]
+    assert [across(bar) for bar in page.all("rect", "model")] == [(0, 2.2), (5.8, 8.2)]
     assert [across(bar) for bar in page.all("rect", "wait")][1:] == [(5, 5.8)]
     assert "応答まで 0.80 秒" in page.words and len(page.all("li")) == 3
     assert re.findall("こんに|天気|晴れ", conversation(page)) == ["こんに", "天気", "晴れ"]
@@ -133,7 +133,7 @@ async def test_barge_in(hook: LoadHook, tmp_path: Path) -> None:
     page = await report(
         hook, tmp_path, *said(1, 3, "一二三四五六七八", 2000, 8000), *said(4, 6, "はい")
     )
-    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 3), (4, 6)]
+    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 3), (4, 6.2)]
     assert len(page.all("rect", "barge-in")) == 1 and len(page.all("rect")) == 5  # ground and wait
     assert "一二\n三四五六七八\n" in page.words and len(page.all("s")) == 1
     assert "割り込み · 再生 2.0 / 8.0 秒" in page.words
@@ -149,7 +149,16 @@ async def test_item_sent_ahead(hook: LoadHook, tmp_path: Path) -> None:
     """The second item of an answer begins where the first has been heard."""
     first, second = said(1, 4, "一つ目"), said(1.2, 6, "二つ目")
     page = await report(hook, tmp_path, first[0], second[0], first[1], second[1])
-    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 4), (4, 6)]
+    assert [across(bar) for bar in page.all("rect", "model")] == [(1, 4.2), (4.2, 6.2)]
+
+
+async def test_backchannel(hook: LoadHook, tmp_path: Path) -> None:
+    """Nobody waits for an answer to what is said while the model is being heard and goes on."""
+    first, second = said(1, 6, "長い話"), said(20, 22, "もしもし？")
+    page = await report(
+        hook, tmp_path, first[0], *spoke(2, 3, "はい"), first[1], *second, seconds=25
+    )
+    assert [across(bar) for bar in page.all("rect", "wait")] == [(0, 1)]
 
 
 async def test_other_lines(hook: LoadHook, tmp_path: Path) -> None:

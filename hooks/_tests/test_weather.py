@@ -21,7 +21,7 @@ TOKYO = "/forecast/data/forecast/130000.json"
 
 
 class Agency(ThreadingHTTPServer):
-    """The pretend agency, with what `serve` gave it; None is sent as a byte every 50 ms, for ever."""
+    """The pretend agency, with what `serve` gave it; for None a byte every 50 ms, for ever."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
