@@ -59,8 +59,16 @@ WORDS = {  # of the page: Japanese, English
     "cut_short": ("途中で終了", "Cut short"),
     "no_words": ("（発話なし）", "(no words)"),
     "broken_off": ("（話の途中で途切れました）", "(broken off in mid-speech)"),
-    # What the bridge says of an end; what is not here stands as it is.
-    "caller hung up": ("発信者が切断", "caller hung up"),
+}
+# What the bridge says of an end, in Japanese; what is not here stands as it is.
+ENDINGS = {
+    "caller hung up": "発信者が切断",
+    "hung up": "AI が終了",
+    "transferred": "転送",
+    "model lost": "AI との接続が切断",
+    "time limit": "制限時間",
+    "shutdown": "システムの停止",
+    "twilio lost": "電話回線の切断",
 }
 LANGUAGE = os.environ.get("REPORT_LANGUAGE") or "ja"
 if LANGUAGE not in ("ja", "en"):
@@ -207,7 +215,7 @@ def page(call: Any, story: Story, ended: float, reason: str) -> str:
         date=story.date,
         about=escape(f"{masked(call.caller)} → {masked(call.called)} · {call.sid}"),
         length=clock(length),
-        ending=escape(SAY.get(reason, reason)),
+        ending=escape(ENDINGS.get(reason, reason) if LANGUAGE == "ja" else reason),
         median_wait=f"{median(waits):.2f} {SAY['seconds']}" if waits else "–",
         longest_wait=f"{max(waits):.2f} {SAY['seconds']}" if waits else "–",
         barge_ins=sum(entry.kind == "barge-in" for entry in entries),

@@ -30,7 +30,15 @@ SIDES = {"caller": "発信者", "model": "AI", "key": "キー"}
 NO_WORDS, BROKEN_OFF = "（発話なし）", "（話の途中で途切れました）"
 ENDED = "通話終了"
 # What the bridge says of an end; what is not here stands as it is.
-ENDINGS = {"caller hung up": "発信者が切断"}
+ENDINGS = {
+    "caller hung up": "発信者が切断",
+    "hung up": "AI が終了",
+    "transferred": "転送",
+    "model lost": "AI との接続が切断",
+    "time limit": "制限時間",
+    "shutdown": "システムの停止",
+    "twilio lost": "電話回線の切断",
+}
 
 FORMAT = os.environ.get("TRANSCRIPT_FORMAT") or "md"
 if FORMAT not in ("md", "jsonl"):
