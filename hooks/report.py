@@ -157,6 +157,9 @@ def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
                 story.waiting_since = at
         case "caller_said" if entry:
             entry.text = facts["text"]
+            if not entry.text:
+                entry.missing = SAY["broken_off" if entry.end == inf else "no_words"]
+            entry.end = min(entry.end, at)  # the call, or the session, has ended meanwhile
         case "model_started_speaking":
             entry = story.add(Entry("model", at), item)
             if story.waiting_since is not None:
@@ -200,8 +203,6 @@ def page(call: Any, story: Story, ended: float, reason: str) -> str:
     length = ended - story.began
     entries = sorted(story.entries, key=lambda entry: entry.begin)
     for entry in entries:  # from here on in seconds since the call began
-        if entry.kind == "caller" and not entry.text:
-            entry.missing = SAY["broken_off" if entry.end == inf else "no_words"]
         entry.begin = max(0.0, entry.begin - story.began)
         entry.end = min(entry.end, ended) - story.began
     waits = [entry.end - entry.begin for entry in entries if entry.kind == "wait"]

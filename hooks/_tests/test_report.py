@@ -108,24 +108,13 @@ async def test_turns(hook: LoadHook, tmp_path: Path) -> None:
 
 async def test_order_of_words(hook: LoadHook, tmp_path: Path) -> None:
     """Words find their turn whenever they come; a turn without words takes none of another's."""
-    cough: list[TimedEvent] = [
-        *spoke(1, 2, "", "a"),
-        *spoke(3, 4, "予約", "b"),
-        *spoke(5, 6, "取消", "c"),
-    ]
-    late = sorted(cough, key=lambda event: (event[0] == "caller_said", -event[1]))
-    turns = sorted(
-        (event for event in late if event[0] != "caller_said"), key=lambda event: event[1]
-    )
-    page = await report(
-        hook, tmp_path, *turns, *late[-3:], ("caller_started_speaking", 9, {"item": "d"})
-    )
-    assert re.findall("発話なし|予約|取消|話の途中", conversation(page)) == [
-        "発話なし",
-        "予約",
-        "取消",
-        "話の途中",
-    ]
+    a, b, c = spoke(1, 2, "", "a"), spoke(3, 4, "予約", "b"), spoke(5, 6, "取消", "c")
+    d: list[TimedEvent] = [("caller_started_speaking", 8, {"item": "d"})]
+    d.append(("caller_said", 9, {"item": "d", "text": ""}))
+    page = await report(hook, tmp_path, *a[:2], *b[:2], *c[:2], c[2], b[2], a[2], *d)
+    words = re.findall("発話なし|予約|取消|話の途中", conversation(page))
+    assert words == ["発話なし", "予約", "取消", "話の途中"]
+    assert [across(bar) for bar in page.all("rect", "caller")] == [(1, 2), (3, 4), (5, 6), (8, 9)]
 
 
 async def test_barge_in(hook: LoadHook, tmp_path: Path) -> None:
