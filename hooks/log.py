@@ -1,7 +1,7 @@
 """Shows what happens in every call: on a terminal for people, elsewhere as JSON lines for programs.
 
     17:09:04 a1b2c3 call       +81******5678 → +81*****0000
-    17:09:05 a1b2c3 model ◂    はい、鈴木です。  (0.27 s)
+    17:09:05 a1b2c3 model ◂    はい、鈴木です。  (after 0.27 s)
     17:09:09 a1b2c3 caller ▸   明日の東京の天気は？
 
     fly logs | grep CA0123…
@@ -40,11 +40,10 @@ LOG_NUMBERS = os.environ.get("LOG_NUMBERS", "")
 if LOG_NUMBERS not in ("", "full"):
     sys.exit(f"LOG_NUMBERS is {LOG_NUMBERS!r}: give full, or leave it out to have numbers masked")
 
-# +81312345678, 03-1234-5678
+# +81312345678, 03-1234-5678, but not 0.0312345678
 NUMBER = re.compile(r"(?<![\w.])(\+[1-9]([ -]?\d){6,14}|0(-?\d){9,10})(?!\d)", re.ASCII)
-SECRETS = [
-    r"\b\d{10}\.[0-9a-f]{64}\b"
-]  # the token of a stream; and what the environment calls a secret:
+# The token of a stream, and what the environment calls a secret, as it is and as JSON has it.
+SECRETS = [r"\b\d{10}\.[0-9a-f]{64}\b"]
 for name, value in os.environ.items():
     if re.search("_(KEY|TOKEN|SECRET|PASSWORD)$", name):
         for secret in value.split(","):
@@ -66,16 +65,14 @@ def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
         notes["sent_ms"][facts["item"]] = facts["sent_ms"]
     elif event == "model_said":
         waits_ms = call.notes["latency"].waits_ms if "latency" in call.notes else {}
-        more = {
-            "sent_ms": notes["sent_ms"].get(facts["item"]),
-            "wait_ms": waits_ms.get(facts["item"]),
-        }
-        facts = facts | {name: round(ms) for name, ms in more.items() if ms is not None}
+        for fact, known in (("sent_ms", notes["sent_ms"]), ("wait_ms", waits_ms)):
+            if facts["item"] in known:
+                facts = facts | {fact: round(known[facts["item"]])}
     elif event == "call_ended":
         facts = facts | {"seconds": round(at - notes["began"], 1)}
-    happened = time.time() - (time.monotonic() - at)
-    extra = {"call": call.sid, "event": event, "facts": facts, "happened": happened}
     if LOG_FORMAT == "json" or event in COLUMNS:
+        happened = time.time() - (time.monotonic() - at)
+        extra = {"call": call.sid, "event": event, "facts": facts, "happened": happened}
         log.info(event, extra=extra)
 
 
@@ -98,7 +95,7 @@ class Json(logging.Formatter):
         created = more.pop("happened", record.created)
         ts = datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds")
         line = {"ts": ts.replace("+00:00", "Z")}
-        if "event" in more:
+        if "facts" in more:
             line |= {"call": more["call"], "event": more["event"], **more["facts"]}
         else:
             line |= {"level": record.levelname, "logger": record.name}
@@ -142,20 +139,20 @@ class Text(logging.Formatter):
     INDENT = "\n" + " " * 27
 
     def format(self, record: logging.LogRecord) -> str:
-        event, sid = getattr(record, "event", ""), getattr(record, "call", "")
-        column, colour = COLUMNS.get(event, (record.name.split(".")[0], DIM))
-        if event:
-            body = self.words(event, getattr(record, "facts", {}))
+        facts, sid = getattr(record, "facts", None), getattr(record, "call", "")
+        if facts:
+            column, colour = COLUMNS[record.msg]
+            body = self.words(record.msg, facts)
         else:
+            column, colour = record.name.split(".")[0], DIM
             body = plain(record.getMessage())
         if record.levelno >= logging.WARNING:
             colour = RED if record.levelno >= logging.ERROR else YELLOW
             body = paint(f"{record.levelname} {body}", colour)
         if record.exc_info:
             body += "\n" + plain(self.formatException(record.exc_info))
-        clock = time.strftime(
-            "%H:%M:%S", time.localtime(getattr(record, "happened", record.created))
-        )
+        happened = time.localtime(getattr(record, "happened", record.created))
+        clock = time.strftime("%H:%M:%S", happened)
         short = paint(f"{sid[-6:]:6}", str(32 + sum(sid.encode()) % 5))  # a colour for each call
         start = f"{paint(clock, DIM)} {short} {paint(f'{column:10}', colour)} "
         return start + body.replace("\n", self.INDENT)
@@ -164,7 +161,7 @@ class Text(logging.Formatter):
         remarks = []
         match event:
             case "call_started":
-                text = f"{facts['caller']} → {facts['called']}"
+                text = one_line(f"{facts['caller']} → {facts['called']}")
             case "caller_said":
                 text = one_line(facts["text"]) or paint("(no words)", DIM)
             case "model_said":
@@ -172,14 +169,12 @@ class Text(logging.Formatter):
                 if "wait_ms" in facts:
                     remarks.append(f"after {facts['wait_ms'] / 1000:.2f} s")
                 if facts["heard_ms"] is not None:
-                    heard, sent = (ms / 1000 for ms in (facts["heard_ms"], facts.get("sent_ms", 0)))
-                    remarks.append(
-                        f"heard {heard:.1f} of {sent:.1f} s" if sent else f"heard {heard:.1f} s"
-                    )
-                    at = (
-                        round(len(text) * heard / sent) if sent else len(text)
-                    )  # nobody knows it better
-                    text = text[:at] + paint(f" ✂ {text[at:]}", STRUCK)
+                    heard_ms, sent_ms = facts["heard_ms"], facts.get("sent_ms")
+                    of = f" of {sent_ms / 1000:.1f}" if sent_ms else ""
+                    remarks.append(f"heard {heard_ms / 1000:.1f}{of} s")
+                    # Where in the words that is, nobody knows better.
+                    cut = round(len(text) * heard_ms / sent_ms) if sent_ms else len(text)
+                    text = text[:cut] + paint(f" ✂ {text[cut:]}", STRUCK)
             case "tool_used":
                 text = one_line(f"{facts['name']}({facts['arguments']}) → {facts['result']}")[:300]
                 remarks.append(f"{facts['seconds']:.2f} s")
