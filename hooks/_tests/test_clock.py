@@ -29,7 +29,8 @@ def clock(hook: LoadHook) -> Ask:
     return told
 
 
-async def test_the_time_is_japans_unless_another_is_asked_for(clock: Ask) -> None:
+async def test_japan(clock: Ask) -> None:
+    """The time is Japan's unless another is asked for."""
     told = await clock("2026-11-23T16:05+00:00")
     assert (told["place"], told["date"], told["time"]) == (
         "日本",
@@ -50,19 +51,20 @@ async def test_the_time_is_japans_unless_another_is_asked_for(clock: Ask) -> Non
         ("Seoul", "1時5分", "日本と同じ"),
     ],
 )
-async def test_elsewhere_it_is_another_time(
-    clock: Ask, place: str, time_there: str, compared: str
-) -> None:
+async def test_elsewhere(clock: Ask, place: str, time_there: str, compared: str) -> None:
+    """Elsewhere it is another time."""
     told = await clock("2026-07-01T16:05+00:00", place=place)
     assert (told["time"], told["compared_to_japan"]) == (time_there, compared)
 
 
 @pytest.mark.parametrize("place", ["火星", "Asia", "../../etc/passwd", "x" * 5000, "\0"])
-async def test_an_unknown_time_zone_is_said_to_be_unknown(clock: Ask, place: str) -> None:
+async def test_unknown_place(clock: Ask, place: str) -> None:
+    """An unknown time zone is said to be unknown."""
     assert "is not known" in await clock("2026-07-01T16:05+00:00", place=place)
 
 
-def test_without_time_zone_data_there_is_still_the_time_of_japan() -> None:
+def test_no_time_zone_data() -> None:
+    """There is still the time of Japan."""
     code = "import clock; print(clock.current_time()['place'], clock.current_time('London'))"
     environment = {
         **os.environ,

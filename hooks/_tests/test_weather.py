@@ -103,7 +103,8 @@ def known_places(weather: Loaded) -> Any:
     return weather.module.documents[AREAS][1].result()
 
 
-async def test_tomorrow_in_tokyo_is_what_the_agency_says_and_when(ask: Ask) -> None:
+async def test_forecast(ask: Ask) -> None:
+    """What the agency says of tomorrow, and when it said so."""
     told = await ask("東京", "tomorrow")
     assert told == {
         "place": "東京都",
@@ -126,31 +127,23 @@ async def test_tomorrow_in_tokyo_is_what_the_agency_says_and_when(ask: Ask) -> N
 @pytest.mark.parametrize(
     ("names", "office"),
     [
-        (
-            "東京 東京都 Tokyo TOKYO とうきょう トウキョウ tōkyō 千代田区 東京都千代田区 八丈島",
-            "130000",
-        ),
-        (
-            "横浜 横浜市 Yokohama よこはま ﾖｺﾊﾏ Yokohama-shi 横浜市青葉区 神奈川県 かながわけん "
-            "Kanagawa 茅ヶ崎 茅ケ崎",
-            "140000",
-        ),
+        ("東京 東京都 Tokyo TOKYO とうきょう トウキョウ tōkyō 千代田区 八丈島", "130000"),
+        ("東京都千代田区", "130000"),
+        ("横浜 横浜市 Yokohama よこはま ﾖｺﾊﾏ Yokohama-shi 横浜市青葉区", "140000"),
+        ("神奈川県 かながわけん Kanagawa 茅ヶ崎 茅ケ崎", "140000"),
         ("札幌 Sapporo さっぽろ 札幌市中央区 北海道札幌市 札幌市（北海道）", "016000"),
         ("大阪 大阪市 大阪府 Osaka ōsaka Oosaka おおさか Osaka-fu", "270000"),
         ("那覇 Naha なは 沖縄県那覇市", "471000"),
         ("仙台 Sendai せんだい 仙台市西部 宮城県", "040000"),
         ("山形 Yamagata やまがた", "060000"),
         ("佐世保 Sasebo させぼ", "420000"),
-        (
-            "奄美 奄美市 Amami あまみ 奄美地方 鹿児島 鹿児島県 Kagoshima",
-            "460100",
-        ),  # 奄美 has no document of its own
-        ("帯広 Obihiro 十勝 釧路 Kushiro くしろ", "014100"),  # nor has 十勝
+        # 奄美 and 十勝 have no document of their own.
+        ("奄美 奄美市 Amami あまみ 奄美地方 鹿児島 鹿児島県 Kagoshima", "460100"),
+        ("帯広 Obihiro 十勝 釧路 Kushiro くしろ", "014100"),
     ],
 )
-async def test_a_place_is_known_by_any_of_its_names(
-    ask: Ask, weather: Loaded, agency: Agency, names: str, office: str
-) -> None:
+async def test_names(ask: Ask, weather: Loaded, agency: Agency, names: str, office: str) -> None:
+    """A place is known by any of its names."""
     for name in names.split():
         agency.asked.clear()
         await ask(name)
@@ -158,9 +151,8 @@ async def test_a_place_is_known_by_any_of_its_names(
         assert agency.asked[-1:] == [f"/forecast/data/forecast/{office}.json"], name
 
 
-async def test_every_municipality_is_found_by_its_names(
-    ask: Ask, weather: Loaded, agency: Agency
-) -> None:
+async def test_every_municipality(ask: Ask, weather: Loaded, agency: Agency) -> None:
+    """Each is found by its kanji, kana and roman names."""
     await ask("東京")
     areas = agency.documents["area.json"]
     places, prefectures = known_places(weather), set()
@@ -168,9 +160,8 @@ async def test_every_municipality_is_found_by_its_names(
         area = areas["class15s"][town["parent"]]["parent"]
         if code.endswith("00"):  # not one of the parts of a divided one
             office = areas["class10s"][area]["parent"]
-            prefecture = {"01": "北海道", "47": "沖縄県"}.get(
-                code[:2], areas["offices"][office]["name"]
-            )
+            prefecture = areas["offices"][office]["name"]
+            prefecture = {"01": "北海道", "47": "沖縄県"}.get(code[:2], prefecture)
             prefecture = "鹿児島県" if code.startswith("46") else prefecture
             prefectures.add(prefecture)
             for name in (town["name"], town["kana"], town["enName"]):
@@ -179,9 +170,8 @@ async def test_every_municipality_is_found_by_its_names(
     assert prefectures <= {place.prefecture for same in places.values() for place in same}
 
 
-async def test_the_minimum_is_that_of_the_morning_and_todays_is_not_told(
-    ask: Ask, weather: Loaded, agency: Agency
-) -> None:
+async def test_minimum(ask: Ask, weather: Loaded, agency: Agency) -> None:
+    """It is that of the morning; today's is not told."""
     this_morning = (await ask("東京", "today"))["temperature"]
     assert this_morning == {"station": "東京", "minimum_celsius": None, "maximum_celsius": 10}
     agency.serve(TOKYO, "forecast-130000-1700.json")
@@ -192,15 +182,10 @@ async def test_the_minimum_is_that_of_the_morning_and_todays_is_not_told(
     assert after_midnight == {"station": "東京", "minimum_celsius": -1, "maximum_celsius": 9}
 
 
-async def test_what_is_past_of_today_is_not_told(ask: Ask) -> None:
-    assert (
-        list((await ask("東京", "today", at="2022-02-22 05:10"))["chance_of_rain"])[0]
-        == "6時から12時"
-    )
-    assert (
-        list((await ask("東京", "today", at="2022-02-22 12:00"))["chance_of_rain"])[0]
-        == "12時から18時"
-    )
+async def test_past_hours(ask: Ask) -> None:
+    """What is past of today is not told."""
+    for at, first in (("2022-02-22 05:10", "6時から12時"), ("2022-02-22 12:00", "12時から18時")):
+        assert list((await ask("東京", "today", at=at))["chance_of_rain"])[0] == first
 
 
 @pytest.mark.parametrize(
@@ -211,58 +196,49 @@ async def test_what_is_past_of_today_is_not_told(ask: Ask) -> None:
         ("会津若松", "2022-02-22 12:00", "会津", "若松", -3, 1),
         ("長野県", "2022-02-25 09:00", "北部", "長野", -6, 9),
         ("松本", "2022-02-25 09:00", "中部", "松本", -6, 10),
-        (
-            "飯田",
-            "2022-02-25 09:00",
-            "南部",
-            "飯田",
-            -5,
-            10,
-        ),  # the third area, but the fourth station
+        # The third area, but the fourth station.
+        ("飯田", "2022-02-25 09:00", "南部", "飯田", -5, 10),
         ("長野県南部", "2022-02-25 09:00", "南部", "飯田", -5, 10),
         ("軽井沢", "2022-02-25 09:00", "中部", "軽井沢", -10, 6),
         ("小笠原", "2022-02-22 08:00", "小笠原諸島", "父島", 14, 19),
     ],
 )
-async def test_a_temperature_is_that_of_a_station_in_the_area_and_says_so(
+async def test_station(
     ask: Ask, place: str, at: str, area: str, station: str, minimum: int, maximum: int
 ) -> None:
+    """A temperature is that of a station in the area, and names it."""
     told = await ask(place, "tomorrow", at)
     assert told["area"] == area
-    assert told["temperature"] == {
-        "station": station,
-        "minimum_celsius": minimum,
-        "maximum_celsius": maximum,
-    }
+    assert list(told["temperature"].values()) == [station, minimum, maximum]
 
 
-async def test_a_day_that_is_told_in_codes_is_put_into_words(ask: Ask) -> None:
+async def test_codes(ask: Ask) -> None:
+    """A day that the agency tells in codes is put into words."""
     told = await ask("飯田", "sunday", at="2022-02-25 09:00")
-    assert (told["date"], told["area"], told["weather"]) == (
-        "2月27日（日）",
-        "中部・南部",
-        "くもり時々晴れ",
-    )
+    assert (told["date"], told["area"]) == ("2月27日（日）", "中部・南部")
+    assert told["weather"] == "くもり時々晴れ"
     assert told["chance_of_rain"] == {"一日": "30%"}
     assert told["temperature"] == {"station": "松本", "minimum_celsius": 0, "maximum_celsius": 9}
-    assert (
-        told["issued"] == "長野地方気象台 2月24日（木）17時00分発表（日本時間）"
-    )  # the week's, not the morning's
+    # The week's, not the morning's.
+    assert told["issued"] == "長野地方気象台 2月24日（木）17時00分発表（日本時間）"
     assert (await ask("東京", "day_after_tomorrow"))["weather"] == "晴れ時々くもり"
     assert (await ask("会津若松", "saturday", at="2022-02-22 12:00"))["weather"] == "くもり時々晴れ"
 
 
-async def test_a_weekday_is_the_next_one_or_today(ask: Ask) -> None:
+async def test_weekday(ask: Ask) -> None:
+    """A weekday is the next one, or today."""
     assert [(await ask("東京", day))["date"] for day in ("tuesday", "wednesday", "monday")] == [
         "2月22日（火）", "2月23日（水）", "2月28日（月）",
     ]  # fmt: skip
 
 
-def test_today_is_by_the_date_in_japan(weather: Loaded) -> None:
+def test_time_zone(weather: Loaded) -> None:
+    """Today is by the date in Japan."""
     assert weather.module.now().utcoffset() == timedelta(hours=9)
 
 
-async def test_a_name_of_several_places_is_asked_back_and_its_answer_understood(ask: Ask) -> None:
+async def test_ambiguous_name(ask: Ask) -> None:
+    """A name of several places is asked back, and the answer understood."""
     assert (await ask("府中"))["places"] == ["府中市（東京都）", "府中市（広島県）"]
     assert (await ask("伊達市"))["places"] == ["伊達市（北海道）", "伊達市（福島県）"]
     assert len((await ask("北海道"))["places"]) > 1
@@ -271,17 +247,11 @@ async def test_a_name_of_several_places_is_asked_back_and_its_answer_understood(
     assert (await ask("福島県伊達市", at="2022-02-22 12:00"))["area"] == "中通り"
 
 
-async def test_a_city_is_meant_rather_than_its_prefecture_or_a_town(
-    ask: Ask, weather: Loaded
-) -> None:
+async def test_likeliest_place(ask: Ask, weather: Loaded) -> None:
+    """A city is meant rather than its prefecture or a town."""
     await ask("東京")
-    meant = {
-        "山口": "山口市",
-        "山口県": "山口県",
-        "Yokohama": "横浜市",
-        "横浜町": "横浜町",
-        "仙台": "仙台市",
-    }
+    meant = {"山口": "山口市", "山口県": "山口県", "Yokohama": "横浜市", "横浜町": "横浜町"}
+    meant["仙台"] = "仙台市"
     for name, place in meant.items():
         assert [found.name for found in weather.module.find(name, known_places(weather))] == [place]
 
@@ -289,16 +259,17 @@ async def test_a_city_is_meant_rather_than_its_prefecture_or_a_town(
 @pytest.mark.parametrize(
     "place", ["London", "ソウル", "月", "", "  ", "../../etc/passwd", "東" * 5000]
 )
-async def test_an_unknown_place_is_said_to_be_unknown(ask: Ask, agency: Agency, place: str) -> None:
+async def test_unknown_place(ask: Ask, agency: Agency, place: str) -> None:
+    """An unknown place is said to be unknown."""
     told = await ask(place)
     assert told.startswith("There is no forecast for") and "東京都" in told
     assert agency.asked == [AREAS]
 
 
-async def test_no_other_day_is_told_in_place_of_one_that_is_not_there(ask: Ask) -> None:
-    old = await ask(
-        "東京", "tomorrow", at="2022-02-24 08:00"
-    )  # the week has the 25th, but it is of the 21st
+async def test_missing_day(ask: Ask) -> None:
+    """No other day is told in place of one that is not there."""
+    # The week has the 25th, but it is of the 21st.
+    old = await ask("東京", "tomorrow", at="2022-02-24 08:00")
     assert "2月21日（月）" in old and "too old" in old and "invent" in old
     absent = await ask("東京", "today", at="2022-02-21 20:00")
     assert "does not tell of 2月21日（月）" in absent and "invent" in absent
@@ -307,20 +278,12 @@ async def test_no_other_day_is_told_in_place_of_one_that_is_not_there(ask: Ask) 
 @pytest.mark.parametrize(
     "garbage",
     [
-        b"",
-        b"<html>",
-        b"[]",
-        b"{}",
-        b"null",
-        b"[{}, {}]",
+        b"", b"<html>", b"[]", b"{}", b"null", b"[{}, {}]", b"[" * 100_000, b"\xff\xfe",
         b'[{"timeSeries": [{"areas": [{}]}]}, 1]',
-        b"[" * 100_000,
-        b"\xff\xfe",
     ],
-)
-async def test_garbage_is_no_forecast(
-    ask: Ask, weather: Loaded, agency: Agency, garbage: bytes
-) -> None:
+)  # fmt: skip
+async def test_garbage(ask: Ask, weather: Loaded, agency: Agency, garbage: bytes) -> None:
+    """Garbage is no forecast."""
     agency.serve(TOKYO, garbage)
     assert "Do not guess or invent" in await ask("東京")
     agency.serve(AREAS, garbage)
@@ -328,35 +291,28 @@ async def test_garbage_is_no_forecast(
     assert "Do not guess or invent" in await ask("東京")
 
 
-async def test_a_broken_document_of_the_right_form_is_no_forecast(
-    ask: Ask, weather: Loaded, agency: Agency
-) -> None:
+async def test_broken_document(ask: Ask, weather: Loaded, agency: Agency) -> None:
+    """A broken document of the right form is no forecast."""
     whole = json.dumps(agency.documents["forecast-130000-0500.json"])
-    for change in (
-        ("130010", "139999"),
-        ('"9"', '"nine"'),
-        ("T", "?T"),
-        ('"reportDatetime"', '"x"'),
-        ('"10"', "10, 10"),
-    ):
+    changes = [("130010", "139999"), ('"9"', '"nine"'), ("T", "?T"), ('"10"', "10, 10")]
+    for change in [*changes, ('"reportDatetime"', '"x"')]:
         agency.serve(TOKYO, whole.replace(*change).encode())
         weather.module.documents.clear()
         assert "Do not guess or invent" in await ask("東京"), change
 
 
-async def test_an_empty_text_is_no_value(ask: Ask, agency: Agency) -> None:
+async def test_empty_text(ask: Ask, agency: Agency) -> None:
+    """An empty text is no value."""
     whole = json.dumps(agency.documents["forecast-130000-0500.json"])
     agency.serve(TOKYO, whole.replace('["10", "10", "0", "9"]', '["", "", "", ""]').encode())
     assert (await ask("東京", "today"))["temperature"] is None
-    assert (await ask("東京", "tomorrow"))["temperature"][
-        "maximum_celsius"
-    ] == 9  # the week knows it
+    from_the_week = (await ask("東京", "tomorrow"))["temperature"]
+    assert from_the_week["maximum_celsius"] == 9
 
 
 @pytest.mark.parametrize("trouble", ["down", "both slow", "never ending"])
-async def test_when_the_agency_is_down_or_slow_nothing_is_invented_and_nobody_waits_long(
-    ask: Ask, weather: Loaded, agency: Agency, trouble: str
-) -> None:
+async def test_outage(ask: Ask, weather: Loaded, agency: Agency, trouble: str) -> None:
+    """Nothing is invented, and nobody waits long."""
     assert weather.module.LIMIT_S == 3.0
     weather.module.LIMIT_S = 0.3
     if trouble == "down":
@@ -370,9 +326,8 @@ async def test_when_the_agency_is_down_or_slow_nothing_is_invented_and_nobody_wa
     assert time.monotonic() - began < 0.45
 
 
-async def test_a_request_that_never_ends_is_given_up(
-    ask: Ask, weather: Loaded, agency: Agency
-) -> None:
+async def test_endless_document(ask: Ask, weather: Loaded, agency: Agency) -> None:
+    """A request that never ends is given up."""
     weather.module.LIMIT_S = 0.2
     agency.serve(TOKYO, None)
     await ask("東京")
@@ -380,18 +335,16 @@ async def test_a_request_that_never_ends_is_given_up(
     assert isinstance(await asyncio.to_thread(coming.exception, 2), TimeoutError)
 
 
-async def test_many_callers_at_once_cost_the_agency_one_request_each_document(
-    ask: Ask, agency: Agency
-) -> None:
+async def test_shared_request(ask: Ask, agency: Agency) -> None:
+    """Many callers at once cost the agency one request for each document."""
     agency.delay_s = 0.1
     told = await asyncio.gather(*(ask("東京") for _ in range(20)))
     assert all(one == told[0] and one["place"] == "東京都" for one in told)
     assert agency.asked == [AREAS, TOKYO]
 
 
-async def test_a_slow_document_does_not_hold_up_those_who_want_another(
-    ask: Ask, agency: Agency
-) -> None:
+async def test_slow_document(ask: Ask, agency: Agency) -> None:
+    """It does not hold up those who want another."""
     await ask("東京")
     agency.serve("/forecast/data/forecast/140000.json", None)
     waiting = asyncio.create_task(ask("横浜"))
@@ -402,9 +355,8 @@ async def test_a_slow_document_does_not_hold_up_those_who_want_another(
     waiting.cancel()
 
 
-async def test_documents_are_kept_for_ten_minutes_and_failures_are_not(
-    ask: Ask, weather: Loaded, agency: Agency
-) -> None:
+async def test_cache(ask: Ask, weather: Loaded, agency: Agency) -> None:
+    """Documents are kept for ten minutes, and failures are not."""
     there = agency.served.pop(TOKYO)
     assert weather.module.KEEP_S == 600 and "invent" in await ask("東京")
     agency.served[TOKYO] = there
@@ -415,40 +367,31 @@ async def test_documents_are_kept_for_ten_minutes_and_failures_are_not(
     assert agency.asked == [AREAS, TOKYO, TOKYO, AREAS, TOKYO]
 
 
-async def test_the_failure_is_in_the_log_in_one_line(
-    ask: Ask, agency: Agency, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_logged_failure(ask: Ask, agency: Agency, caplog: pytest.LogCaptureFixture) -> None:
+    """A failure is one line of the log."""
     agency.served.clear()
     await ask("東京")
-    assert [
-        (record.levelname, record.exc_info) for record in caplog.records if record.name == "weather"
-    ] == [("WARNING", None)]
+    (record,) = [record for record in caplog.records if record.name == "weather"]
+    assert (record.levelname, record.exc_info) == ("WARNING", None)
     assert "404" in caplog.text and agency.url in caplog.text
 
 
-def test_a_wrong_weather_url_stops_the_start(hook: LoadHook) -> None:
+def test_wrong_setting(hook: LoadHook) -> None:
+    """A wrong address stops the start."""
     refused(hook, "weather", WEATHER_URL="file:///etc")
 
 
-def test_the_model_is_told_which_days_it_may_ask_for(weather: Loaded) -> None:
+def test_schema(weather: Loaded) -> None:
+    """The model is told which days it may ask for."""
     (tool,) = weather.host.tools
     assert tool["parameters"]["required"] == ["place"]
-    assert tool["parameters"]["properties"]["day"]["enum"][:4] == [
-        "today",
-        "tomorrow",
-        "day_after_tomorrow",
-        "monday",
-    ]
+    days = tool["parameters"]["properties"]["day"]["enum"]
+    assert days[:4] == ["today", "tomorrow", "day_after_tomorrow", "monday"]
 
 
-def test_every_code_of_the_documents_has_words(weather: Loaded, agency: Agency) -> None:
+def test_every_code(weather: Loaded, agency: Agency) -> None:
+    """Every code of the documents has words."""
     known = {word[:3] for word in weather.module.TELOPS.split()}
     forecasts = [one for name, one in agency.documents.items() if name.startswith("forecast")]
-    assert (
-        set(
-            re.findall(
-                r'"([1-4]\d\d)"', json.dumps([week["timeSeries"][0] for _, week in forecasts])
-            )
-        )
-        <= known
-    )
+    weeks = json.dumps([week["timeSeries"][0] for _, week in forecasts])
+    assert set(re.findall(r'"([1-4]\d\d)"', weeks)) <= known
