@@ -123,30 +123,36 @@ class Recording:
             self.wav.close()
 
 
-if FOLDER:  # otherwise there are no handlers, and the bridge does not even decode the audio
+def call_started(call: Any, at: float) -> None:
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    path = Path(FOLDER, f"{stamp}-{call.sid}.wav").resolve()
+    call.notes["recorder"] = Recording(path, at, call.sid)
+    call.notes["recording"] = str(path)
 
-    def call_started(call: Any, at: float) -> None:
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        path = Path(FOLDER, f"{stamp}-{call.sid}.wav").resolve()
-        call.notes["recorder"] = Recording(path, at, call.sid)
-        call.notes["recording"] = str(path)
 
-    def caller_audio(call: Any, at: float, mulaw: bytes) -> None:
-        if recording := call.notes.get("recorder"):
-            recording.add_caller(mulaw, at)
+def caller_audio(call: Any, at: float, mulaw: bytes) -> None:
+    if recording := call.notes.get("recorder"):
+        recording.add_caller(mulaw, at)
 
-    def model_audio(call: Any, at: float, mulaw: bytes) -> None:
-        if recording := call.notes.get("recorder"):
-            recording.add_model(mulaw, at)
 
-    def model_interrupted(call: Any, at: float) -> None:
-        if recording := call.notes.get("recorder"):
-            recording.stop_model(at)
+def model_audio(call: Any, at: float, mulaw: bytes) -> None:
+    if recording := call.notes.get("recorder"):
+        recording.add_model(mulaw, at)
 
-    def call_ended(call: Any, at: float) -> None:
-        if recording := call.notes.pop("recorder", None):
-            recording.finish(at)
-            length = {"call": call.sid, "seconds": round(recording.written / RATE, 1)}
-            if lost_s := recording.dropped / RATE:
-                log.warning("%.1f s of the model are missing", lost_s, extra={"call": call.sid})
-            log.info("%s", recording.path.as_uri(), extra=length)
+
+def model_interrupted(call: Any, at: float) -> None:
+    if recording := call.notes.get("recorder"):
+        recording.stop_model(at)
+
+
+def call_ended(call: Any, at: float) -> None:
+    if recording := call.notes.pop("recorder", None):
+        recording.finish(at)
+        length = {"call": call.sid, "seconds": round(recording.written / RATE, 1)}
+        if lost_s := recording.dropped / RATE:
+            log.warning("%.1f s of the model are missing", lost_s, extra={"call": call.sid})
+        log.info("%s", recording.path.as_uri(), extra=length)
+
+
+if not FOLDER:  # then the bridge need not even decode the audio
+    del call_started, caller_audio, model_audio, model_interrupted, call_ended

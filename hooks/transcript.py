@@ -68,8 +68,6 @@ class Transcript:
 
 
 def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
-    if not FOLDER:
-        return
     if event == "call_started":
         begin(call, at)
     transcript: Transcript = call.notes["transcript_lines"]
@@ -155,3 +153,7 @@ def clock(seconds: float) -> str:
 def masked(number: str) -> str:
     full = os.environ.get("LOG_NUMBERS") == "full"
     return number if full else re.sub(r"\d(?=(\D*\d){4})", "*", number)
+
+
+if not FOLDER:  # then the bridge need not tell this file anything
+    del any_event

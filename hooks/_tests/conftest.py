@@ -14,7 +14,7 @@ import pytest
 
 HOOKS = Path(__file__).parents[1]
 sys.path.insert(0, str(HOOKS.parent))
-from bridge import Hooks  # noqa: E402
+from bridge import EVENTS, Hooks  # noqa: E402, F401
 
 # Of all hook files: taken out of the environment, so that a test has just those that it names.
 SETTINGS = """LOG_FORMAT LOG_NUMBERS NO_COLOR IDLE_SECONDS KEYS_PAUSE_SECONDS TRANSFER_NUMBERS
