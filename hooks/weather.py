@@ -47,6 +47,7 @@ Day = Literal["today", "tomorrow", "day_after_tomorrow", Weekday]
 
 
 def weather_forecast(
+    call: Any,
     place: Annotated[
         str, "Prefecture, city, town or village in Japan. If its name is not unique: 広島県府中市"
     ],
@@ -61,7 +62,8 @@ def weather_forecast(
     try:
         return forecast(place, day, now())
     except Exception as error:  # no network, too slow, not JSON, of another form
-        log.warning("no forecast from %s: %s: %s", URL, type(error).__name__, error)
+        why = f"{type(error).__name__}: {error}"
+        log.warning("no forecast from %s: %s", URL, why, extra={"call": call.sid})
         return NO_FORECAST
 
 

@@ -372,7 +372,8 @@ async def test_logged_failure(ask: Ask, agency: Agency, caplog: pytest.LogCaptur
     agency.served.clear()
     await ask("東京")
     (record,) = [record for record in caplog.records if record.name == "weather"]
-    assert (record.levelname, record.exc_info) == ("WARNING", None)
+    told = (record.levelname, record.exc_info, getattr(record, "call", ""))
+    assert told == ("WARNING", None, "CA1")
     assert "404" in caplog.text and agency.url in caplog.text
 
 
