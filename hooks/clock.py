@@ -17,18 +17,8 @@ from zoneinfo import ZoneInfo, available_timezones
 
 JST = timezone(timedelta(hours=9))  # Japan has no summer time, so it needs no time zone data
 JAPAN = (
-    "",
-    "日本",
-    "東京",
-    "大阪",
-    "京都",
-    "japan",
-    "jst",
-    "asia/tokyo",
-    "tokyo",
-    "osaka",
-    "kyoto",
-)
+    "", "日本", "東京", "大阪", "京都", "japan", "jst", "asia/tokyo", "tokyo", "osaka", "kyoto",
+)  # fmt: skip
 NAMES = {  # what callers say; the last part of a zone's own name (london) need not be here
     "Europe/London": "ロンドン イギリス 英国 uk england",
     "Europe/Paris": "パリ フランス france",
