@@ -48,7 +48,7 @@ class Idle:
     quiet_since: float  # nobody has spoken since, and nothing was going on
     word_at: float  # the caller's last word or key; moves on while they listen
     asked: int = 0  # questions since that word
-    turn: str | None = None  # the item that the caller is speaking now
+    turn: str | None = None  # the caller's last item, until its words have come
     wordless: bool = False  # the caller has made a sound since that word
     answers_noise: bool = False  # what the model does is an answer to such a sound
     transcribed: bool = False  # OpenAI has looked for words in the last turn
@@ -57,10 +57,6 @@ class Idle:
     def word(self, at: float) -> None:
         self.quiet_since = self.word_at = at
         self.asked, self.wordless, self.answers_noise = 0, False, False
-
-    def end_turn(self, item: str) -> None:
-        if self.turn == item:
-            self.turn = None
 
 
 # `async def` handlers run on the loop, as the watch does, so no lock is needed.
@@ -107,10 +103,6 @@ async def model_started_speaking(call: Any) -> None:
     call.notes["idle"].answers_noise = call.notes["idle"].wordless
 
 
-async def caller_stopped_speaking(call: Any, item: str) -> None:
-    call.notes["idle"].end_turn(item)
-
-
 async def model_used(call: Any, kind: str) -> None:
     if kind == "transcription":
         call.notes["idle"].transcribed = True
@@ -118,7 +110,8 @@ async def model_used(call: Any, kind: str) -> None:
 
 async def caller_said(call: Any, at: float, item: str, text: str) -> None:
     idle = call.notes["idle"]
-    idle.end_turn(item)  # when a session is lost, nobody hears the caller stop
+    if idle.turn == item:  # the words of one turn may come while the next is spoken
+        idle.turn = None
     # Where nobody looks for words (no transcription, or it fails), the turn itself counts, because
     # to talk with a television is better than to hang up on a caller who is talking.
     if text or not idle.transcribed:

@@ -81,6 +81,17 @@ async def test_cough_into_a_long_answer(hook: LoadHook) -> None:
     assert call.did == []
 
 
+async def test_late_words_of_a_long_answer(hook: LoadHook) -> None:
+    """The answer begins before the words of the turn have come; then it may be as long as it is."""
+    idle, call = hook("idle", IDLE_SECONDS="0.05"), PretendCall()
+    idle.tell(call, "call_started", starts("a"), stops("a"))
+    await asyncio.sleep(0.02)
+    call.busy = True
+    idle.tell(call, answer("m"), TRANSCRIBED, says("a", "昔話をお願いします"))
+    await asyncio.sleep(0.4)
+    assert call.did == []
+
+
 async def test_caller_speaks(hook: LoadHook) -> None:
     """Nobody is asked while they speak."""
     idle, call = hook("idle", IDLE_SECONDS="0.1"), PretendCall()
@@ -132,6 +143,23 @@ async def test_noise_that_is_answered(hook: LoadHook) -> None:
     assert "失礼いたします" in call.did[0] and call.did[1] == END
 
 
+async def test_noise_that_the_model_keeps_silent_about(hook: LoadHook) -> None:
+    """The model thinks about each blip and says nothing: the call ends as well."""
+    idle, call = hook("idle", IDLE_SECONDS="0.1"), PretendCall()
+    began = time.monotonic()
+    idle.tell(call, "call_started")
+    for number in range(60):
+        call.busy = False
+        idle.tell(call, starts(f"blip{number}"))
+        await asyncio.sleep(0.002)
+        call.busy = True
+        idle.tell(call, *turn(f"blip{number}")[1:])
+        await asyncio.sleep(0.02)
+        if call.did:
+            break
+    assert 0.4 <= time.monotonic() - began < 0.7
+
+
 async def test_noise_that_interrupts(hook: LoadHook) -> None:
     """A noise that begins while the model speaks, and is answered, counts as noise as well."""
     idle, call = hook("idle", IDLE_SECONDS="0.1"), PretendCall()
@@ -178,14 +206,6 @@ async def test_words_come_late(hook: LoadHook) -> None:
     idle.tell(call, "call_started", starts("a"), stops("a"), starts("b"), says("a", "あの"))
     await asyncio.sleep(0.25)
     assert call.did == []
-
-
-async def test_lost_session(hook: LoadHook) -> None:
-    """A turn whose end nobody heard has ended when its words are settled."""
-    idle, call = hook("idle", IDLE_SECONDS="0.05"), PretendCall()
-    idle.tell(call, "call_started", starts("a"), says("a", ""))
-    await until(lambda: call.did)
-    assert "黙って" in call.did[0]
 
 
 async def test_end(hook: LoadHook) -> None:
