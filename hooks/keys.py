@@ -1,30 +1,30 @@
-"""Lets the caller answer with the telephone's keys: what they have pressed is told to the model as one entry.
+"""Lets the caller answer with the telephone's keys.
 
-An entry ends with `#`, or when no further key has come for a while. `*` is a key like others.
+A key interrupts the model, as in every telephone menu. What is pressed is told to the model as one
+entry, because the network reports keys one by one and the model would answer to each. An entry ends
+with `#`, or when no further key has come for a while. `*` is a key like others.
 
     KEYS_PAUSE_SECONDS=2    without another key that end an entry
 
-Nothing is stored. Keys are told one by one by the network, so the model would otherwise answer to each.
+Nothing is stored.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+import sys
 from typing import Any
 
-log = logging.getLogger("keys")
-
-MAX_KEYS = 32  # of one entry: nobody types more, and one who leans on a key is not collected for ever
+MAX_KEYS = 32  # of one entry: nobody types more, and a stuck key is not collected for ever
 
 try:
     PAUSE_S = float(os.environ.get("KEYS_PAUSE_SECONDS") or 2)
     if not 0 < PAUSE_S <= 60:
         raise ValueError
 except ValueError:
-    PAUSE_S = 2.0
-    log.error("KEYS_PAUSE_SECONDS is %r, so it is 2: set it to seconds, up to 60", os.environ["KEYS_PAUSE_SECONDS"])
+    wrong = os.environ["KEYS_PAUSE_SECONDS"]
+    sys.exit(f"KEYS_PAUSE_SECONDS is {wrong!r}: give seconds, more than 0 and up to 60")
 
 
 class Entry:
@@ -43,6 +43,7 @@ async def call_started(call: Any) -> None:
 
 
 async def key_pressed(call: Any, key: str) -> None:
+    call.interrupt()
     entry = call.notes["keys"]
     if entry.pause:
         entry.pause.cancel()
@@ -58,7 +59,8 @@ def tell(call: Any) -> None:
     keys, entry.keys = entry.keys, ""
     pressed = keys.removesuffix("#") or keys  # the # that ends an entry is not part of it
     call.tell_model(
-        f"発信者が電話のキーを押しました：{pressed}（声ではなくキーでの返事です。これに応じて続けてください。）"
+        f"発信者が電話機のキーを押しました：{pressed}"
+        "（声ではなく、キーでのお返事です。これに応じて続けてください。）"
     )
 
 
