@@ -71,7 +71,7 @@ def forget(sid: str) -> None:
 
 
 def events(query: dict[str, str]) -> dict[str, Any]:
-    """What has happened in ?call=CA… after event ?after=N. To ask before the call is to watch it."""
+    """What has happened in ?call=CA… after event ?after=N. Asking before the call watches it."""
     sid, after = query.get("call", ""), query.get("after", "0")
     known: dict[str, Any] = {"model": MODEL, "offline": OFFLINE, "events": []}
     if not re.fullmatch(r"CA[0-9a-f]{32}", sid):

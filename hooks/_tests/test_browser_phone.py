@@ -171,7 +171,7 @@ def devtools_of(profile: Path) -> str:
 
 OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
     --disable-background-networking --disable-component-update --remote-debugging-port=0
-    --lang=en-US --accept-lang=en-US"""
+    --lang=en-US --accept-lang=en-US --window-size=1280,900"""
 
 
 @contextlib.asynccontextmanager
@@ -344,7 +344,7 @@ STORY = """
   const call = {arrivals: [[0, 0], [4000, 8000]], sent: 16000, heard: 4000};
   const talk = {call, turns: new Map(), latencies: [], connected: false, callerTurn: null,
                 sounding: new Set(), answered: false, busy: true, pausedAt: null};
-  const seen = [], shown = () => [...document.querySelectorAll(".words")].at(-1).innerText;
+  const seen = [], shown = () => [...document.querySelectorAll(".words")].at(-1).textContent;
   const happened = (event, item, at_ms, facts) => {
     HAPPENED[event](talk, {item, at_ms, ...facts});
     seen.push([activity(talk), shown()]);
@@ -352,7 +352,7 @@ STORY = """
   seen.push([activity(talk), ""]);
   happened("model_started_speaking", "m1", 0);
   happened("model_words", "m1", 1, {text: "こんにちは。"});
-  seen.push(["", document.querySelector(".ahead").innerText]);
+  seen.push(["", document.querySelector(".ahead").textContent]);
   happened("caller_started_speaking", "c1", 500);
   happened("caller_stopped_speaking", "c1", 800);
   happened("model_said", "m1", 1000, {text: "こんにちは。", heard_ms: null});
@@ -382,7 +382,7 @@ async def test_story(page: Page) -> None:
         ["connecting", ""],
         ["answering", "speaking…"],
         ["answering", "こんにちは。"],
-        ["", "ちは。"],  # 8000 bytes until the next item, of which 4000 have been played
+        ["", "にちは。"],  # 4000 of 16000 bytes have been played
         ["listening", "speaking…"],
         ["answering", ""],
         ["thinking", ""],
@@ -398,14 +398,7 @@ async def test_story(page: Page) -> None:
         ["thinking", "not heard:<b>何も。</b>"],
     ]
     log = await page.text("#log")
-    order = (
-        "こんにちは。",
-        "the model spoke on",
-        "(no words)",
-        "二つ目",
-        "Tool call (0.50 s)",
-        "あい",
-    )
+    order = ("こんにちは。", "(no words)", "the model spoke on", "二つ目", "Tool call", "あい")
     assert [log.index(text) for text in order] == sorted(log.index(text) for text in order)
     assert "answered as soon as your pause was noticed" in log
     assert "interrupted: 1.00 s of 2.00 s heard" in log
@@ -432,7 +425,7 @@ async def test_languages(page: Page) -> None:
     shown = f"{json.dumps(said)}.map(inLanguage)"
     english = [
         "Hello. This is the offline trial. It says back what you say. Please speak.",
-        "Hello. This is the of",
+        "Hello. This is the o",
         "(2.4 s of speech)",
         "Number keys try the tools. (1 a, 2 b)",
         "ほか",
@@ -607,8 +600,8 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-PAIRS = """text:page text:card quiet:page quiet:card text:caller-tint text:model-tint quiet:model-tint
-    quiet:note-tint caller:note-tint caller:card model:card caller:caller-tint model:model-tint
+PAIRS = """text:page text:card quiet:page quiet:card text:caller-tint text:model-tint
+    quiet:model-tint quiet:note-tint caller:note-tint caller:card model:card caller:caller-tint model:model-tint
     on-colour:go on-colour:stop text:key warn-text:warn-tint cut:card"""
 
 
