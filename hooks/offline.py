@@ -184,13 +184,11 @@ def check(value: Any, rule: Any, path: str = "") -> None:
 # ── When the caller speaks ────────────────────────────────────────────────────────────────────
 
 
-def loudness_of(code: int) -> int:
-    """Of one byte of G.711 mu-law, from 0 to 254: the root of its amplitude."""
-    code = ~code & 0x7F
-    return round(1.42 * math.sqrt((((code & 15) << 3) + 132 << (code >> 4)) - 132))
-
-
-LOUDNESS = bytes(map(loudness_of, range(256)))  # for bytes.translate: no loop over samples
+# How loud each byte of G.711 mu-law is, from 0 to 254: the root of its amplitude.
+LOUDNESS = bytes(
+    round(1.42 * math.sqrt((((~code & 15) << 3) + 132 << (~code >> 4 & 7)) - 132))
+    for code in range(256)
+)
 FRAME = 160  # bytes: 20 ms
 
 
@@ -319,7 +317,6 @@ DEFAULTS: Object = {
         "output": {"format": PCM, "voice": "marin"},
     },
 }
-STREAMING_TRANSCRIBERS = {"gpt-live-transcribe", "gpt-realtime-whisper"}
 NO_TOKENS = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0}
 
 
@@ -384,9 +381,8 @@ class Session:
             case "response.cancel":
                 active = self.response.get("id")
                 if not active or event.get("response_id", active) != active:
-                    text = "Cancellation failed: no active response found"
-                    raise Refused("response_cancel_not_active", text)
-                self.end_response("cancelled", reason="client_cancelled")
+                    raise Refused("response_cancel_not_active", "no active response found")
+                self.end_response("cancelled", "client_cancelled")
 
     def update(self, given: Object) -> None:
         """The fields that are given change: all of them or none."""
@@ -395,18 +391,18 @@ class Session:
         config = self.config | given | {"audio": audio}
         turns = audio["input"]["turn_detection"]
         transcription = audio["input"]["transcription"] or {}
+        streaming = transcription.get("model") in ("gpt-live-transcribe", "gpt-realtime-whisper")
+        where = "session.audio.input"
         if config["model"] != self.config["model"]:
-            text = "The model of a session cannot be changed."
-            raise Refused("invalid_value", text, "session.model")
+            raise Refused("invalid_value", "The model cannot be changed.", "session.model")
         if "reasoning" in given and not config["model"].startswith("gpt-realtime-2"):
-            text = f"{config['model']} does not reason."
-            raise Refused("unknown_parameter", text, "session.reasoning")
-        if turns and transcription.get("model") in STREAMING_TRANSCRIBERS:
+            raise Refused("unknown_parameter", "The model does not reason.", "session.reasoning")
+        if turns and streaming:
             text = "Turn detection is not supported for this transcription model"
-            raise Refused("invalid_value", text, "session.audio.input.turn_detection")
+            raise Refused("invalid_value", text, f"{where}.turn_detection")
         if "language" in transcription and "languages" in transcription:
-            where = "session.audio.input.transcription.languages"
-            raise Refused("invalid_value", "Give either 'language' or 'languages'.", where)
+            text = "Give either 'language' or 'languages'."
+            raise Refused("invalid_value", text, f"{where}.transcription.languages")
         if turns:
             defaults = {"create_response": True, "interrupt_response": True}
             audio["input"]["turn_detection"] = defaults | TURN_DEFAULTS[turns["type"]] | turns
@@ -419,8 +415,7 @@ class Session:
         try:
             mulaw = self.rest + base64.b64decode(audio, validate=True)
         except ValueError:
-            text = "Invalid 'audio'. Expected base64-encoded audio bytes."
-            raise Refused("invalid_value", text, "audio") from None
+            raise Refused("invalid_value", "Expected base64-encoded audio.", "audio") from None
         for start in range(0, len(mulaw) - FRAME + 1, FRAME):
             self.hear(mulaw[start : start + FRAME])
         self.rest = mulaw[len(mulaw) // FRAME * FRAME :]
@@ -442,7 +437,7 @@ class Session:
             began = {"audio_start_ms": (self.position - len(self.buffer)) // 8}
             self.emit("input_audio_buffer.speech_started", **began, item_id=self.speech_id)
             if self.response and turns["interrupt_response"]:
-                self.end_response("cancelled", reason="turn_detected")
+                self.end_response("cancelled", "turn_detected")
         elif changes:
             ended = {"audio_end_ms": self.position // 8}
             self.emit("input_audio_buffer.speech_stopped", **ended, item_id=self.speech_id)
@@ -527,12 +522,18 @@ class Session:
         for words, mulaw in chosen:
             item = self.begin_item("message", role="assistant", content=[])
             item["content"] = [{"type": "output_audio", "transcript": ""}]
+            place = self.place(item)
             sizes, sent = cycle(PIECES_MS), 0
             while sent < len(mulaw):
                 piece = mulaw[sent : sent + next(sizes) * 8]
                 before, sent = len(words) * sent // len(mulaw), sent + len(piece)
                 # The transcript keeps step with the sound.
-                self.say(item, piece, words[before : len(words) * sent // len(mulaw)])
+                if new := words[before : len(words) * sent // len(mulaw)]:
+                    item["content"][0]["transcript"] += new
+                    self.emit("response.output_audio_transcript.delta", **place, delta=new)
+                self.said[item["id"]] = sent
+                delta = base64.b64encode(piece).decode()
+                self.emit("response.output_audio.delta", **place, delta=delta)
                 await asyncio.sleep(len(piece) / 8000 / SPEED)
                 if self.response is not response:  # interrupted, cancelled, or nobody listens
                     return
@@ -551,36 +552,26 @@ class Session:
     def place(self, item: Object) -> Object:
         """Where an item stands in the response in progress."""
         index = self.response["output"].index(item)
-        return {"response_id": self.response["id"], "output_index": index, "item_id": item["id"]}
-
-    def say(self, item: Object, mulaw: bytes, words: str) -> None:
-        """The next piece of a message: what it sounds like, and what it means."""
-        self.said[item["id"]] = self.said.get(item["id"], 0) + len(mulaw)
-        item["content"][0]["transcript"] += words
-        place = self.place(item) | {"content_index": 0}
-        if words:
-            self.emit("response.output_audio_transcript.delta", **place, delta=words)
-        delta = base64.b64encode(mulaw).decode()
-        self.emit("response.output_audio.delta", **place, delta=delta)
+        place = {"response_id": self.response["id"], "output_index": index}
+        return place | {"item_id": item["id"], "content_index": 0}
 
     def end_item(self, item: Object, status: str = "completed") -> None:
         item["status"] = status
+        place = self.place(item)
         if item["type"] == "message":
-            place = self.place(item) | {"content_index": 0}
             self.emit("response.output_audio.done", **place)
             words = item["content"][0]["transcript"]
             self.emit("response.output_audio_transcript.done", **place, transcript=words)
-        self.emit("response.output_item.done", **self.place(item), item=item)
+        self.emit("response.output_item.done", **place, item=item)
 
-    def end_response(self, status: str = "completed", **details: Any) -> None:
-        """With status completed, cancelled, failed or incomplete; `details` say why."""
+    def end_response(self, status: str = "completed", reason: str = "") -> None:
         response = self.response
         for item in response["output"]:
             if item["status"] == "in_progress":
                 self.end_item(item, "incomplete")
         self.response = {}
         response |= {"status": status, "usage": NO_TOKENS}
-        response["status_details"] = {"type": status, **details} if details else None
+        response["status_details"] = {"type": status, "reason": reason} if reason else None
         self.emit("response.done", response=response)
 
 

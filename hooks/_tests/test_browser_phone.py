@@ -601,8 +601,8 @@ def luminance(colour: str) -> float:
 
 
 PAIRS = """text:page text:card quiet:page quiet:card text:caller-tint text:model-tint
-    quiet:model-tint quiet:note-tint caller:note-tint caller:card model:card caller:caller-tint model:model-tint
-    on-colour:go on-colour:stop text:key warn-text:warn-tint cut:card"""
+    quiet:model-tint quiet:note-tint caller:note-tint caller:card model:card caller:caller-tint
+    model:model-tint on-colour:go on-colour:stop text:key warn-text:warn-tint cut:card"""
 
 
 @pytest.mark.parametrize("theme", [0, 1])
