@@ -290,7 +290,9 @@ def choose(items: list[Object], turn: bytes, settings: Object) -> list[Line] | O
     if keys and tools and keys[1] in ("0", "*"):
         return [menu]
     for number, tool in enumerate(tools, 1):
-        if tool["name"] in text or keys and keys[1] == str(number):
+        # "name(…) → …" is what the bridge tells of a call that has been made.
+        named = re.search(rf"\b{tool['name']}\b(?!\()", text, re.ASCII)
+        if named or keys and keys[1] == str(number):
             return dict(tool)
     if not text or len(items) == 1:
         return [lines["greeting"], menu] if tools else [lines["greeting"]]

@@ -418,9 +418,7 @@ async def test_speech_after_a_response_was_made() -> None:
     assert dialogue.sounds()[-2] == SPEECH["preamble"]
 
 
-PRESSED = (
-    "発信者が電話のキーを押しました：{}（声ではなくキーでの返事です。これに応じて続けてください。）"
-)
+PRESSED = "発信者が電話機のキーを押しました：{}（声ではなく、キーでのお返事です。）"
 ASKED = "発信者の返事がないので、この電話を切ります。短く丁寧に別れの挨拶をしてください。"
 
 
@@ -437,6 +435,8 @@ ASKED = "発信者の返事がないので、この電話を切ります。短�
         (ASKED, "idle_goodbye"),
         ("お別れの挨拶をしてください。", "goodbye"),
         ("会議は三時です。", "noted"),
+        ("weather({}) → 晴れ", "noted"),
+        ("weathervane を見ました。", "noted"),
     ],
 )
 async def test_text_of_a_hook(text: str, expected: Any) -> None:
