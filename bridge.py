@@ -41,6 +41,7 @@ import hmac
 import importlib.util
 import inspect
 import json
+import logging
 import logging.handlers
 import math
 import mimetypes
@@ -82,7 +83,7 @@ Object = dict[str, Any]  # of JSON
 
 @dataclass(frozen=True)
 class Settings:
-    """Each is read from the environment variable of its name in capitals; these are the defaults."""
+    """Each is read from the environment variable of its name in capitals. These are defaults."""
 
     openai_api_key: str = ""  # without it the offline model answers (hooks/offline.py)
     twilio_auth_token: str = ""  # checks signatures; without it only this computer may call
@@ -92,12 +93,12 @@ class Settings:
     openai_realtime_url: str = "wss://api.openai.com/v1/realtime"  # or the same protocol elsewhere
     openai_realtime_model: str = "gpt-realtime-2.1"  # unless the URL names one
     instructions: str = (
-        "# 役割\nあなたは電話に出るAIアシスタントの鈴木です。\n"
-        "# 話し方\nいつも日本語の「です・ます」で話します。一度に話すのは短い文を一つか二つまでです。"
-        "箇条書きや記号は使いません。電話番号などの数字は一桁ずつ読み上げ、復唱して確かめます。\n"
+        "# 役割\nあなたは電話に出るAIアシスタントの鈴木です。\n# 話し方\nいつも日本語の"
+        "「です・ます」で話します。一度に話すのは短い文を一つか二つまでです。箇条書きや"
+        "記号は使いません。電話番号などの数字は一桁ずつ読み上げ、復唱して確かめます。\n"
         "# 決してしないこと\n事実、数字、出典を作り上げません。使えるツールがあれば調べ、"
-        "わからないことは「わかりかねます」と正直に言います。\n"
-        "# 聞き取れないとき\n短く聞き返します。雑音、沈黙、周りの人どうしの会話には答えません。"
+        "わからないことは「わかりかねます」と正直に言います。\n# 聞き取れないとき\n"
+        "短く聞き返します。雑音、沈黙、周りの人どうしの会話には答えません。"
     )
     greeting: str = "お電話ありがとうございます。AIアシスタントの鈴木です。どうぞお話しください。"
     voice: str = "marin"  # marin and cedar are the ones that OpenAI recommends
@@ -116,9 +117,7 @@ AGAIN = "恐れ入りますが、しばらくしてからおかけ直しくだ�
 BUSY = "ただいまお電話が混み合っております。" + AGAIN
 RESTARTING = "ただいまシステムの更新を行っております。" + AGAIN
 APOLOGY = "申し訳ございません。システムの不具合により、お電話を続けることができません。" + AGAIN
-TIME_IS_UP = (
-    "恐れ入りますが、お時間となりましたので、これで失礼いたします。お電話ありがとうございました。"
-)
+TIME_IS_UP = "恐れ入りますが、お時間となりましたので、これで失礼いたします。"
 # What the model is told.
 GREET = "Begin the call: say exactly this, and no more: "
 LINE_IS_BACK = "The line was cut off and is back. Apologize for that in a few words, and "
@@ -136,32 +135,27 @@ CALLED_OFF = "The caller goes on talking, so the call was not ended. Listen, and
 # The state says what is true now. `go_on` looks at it after each message and four times a second,
 # and does what is due. So a message that does not come needs no code of its own.
 
-TICK_S = 0.25
-UNCLAIMED_S = 10.0  # a call whose stream does not come is forgotten
-# What is owed (`look_after_model`): when it is asked for, and how long a caller waits at most
-ANSWERS_S, ASK_AGAIN_S = 1.5, 2.5  # OpenAI responds to a turn by itself; it did not
-FAILED_S = 1.0  # after a failure: most are rate limits, which pass
-GREETING_S, SILENCE_S = 8.0, 20.0
+TICK_S, UNCLAIMED_S = 0.25, 10.0  # a call whose stream does not come in time is forgotten
+ANSWERS_S, ASK_AGAIN_S, FAILED_S = 1.5, 2.5, 1.0  # see `look_after_model`; a rate limit passes
+GREETING_S, SILENCE_S = 8.0, 20.0  # a caller waits no longer for what is owed
 DEAD_S, DEAF_S = 6.0, 8.0  # without any event of a response, of a session
-SESSION_S, MAX_CONNECTS, LASTED_S = 8.0, 10, 2.0  # to connect; one that is lost sooner was none
-# Turns
+SESSION_S, LASTED_S = 8.0, 2.0  # without a session; one that is lost sooner was none
 UNWANTED_S = 3.0  # OpenAI may begin its response to a backchannel so late
 LAST_WORDS_S, VAD_SILENCE_S = 1.0, 0.5
 TURN_LOST_S = 9.0  # the longest that OpenAI's semantic VAD waits for is 8 s
 MAX_ECHOES, ECHO_MS = 3, 2000  # answers in a row that were cut so soon, without words
-# The end
-CALLS_OFF_MS, CALLED_OFF_S = 700.0, 8.0  # voice calls a hang-up off; silence after that does not
+CALLS_OFF_MS, CALLED_OFF_S = 700.0, 8.0  # voice calls a hang-up off; so much silence does not
 WORDS_S, WORDS_AT_END_S = 10.0, 0.8  # a turn's words are waited for
-MAX_GOODBYE_S, GOODBYE_SLACK_S = 60.0, 15.0  # that is queued, that is yet to be said
-# Bounds
+GOODBYE_S = 15.0  # and what is queued: a goodbye is waited for
 MAX_QUEUED_S, MAX_HISTORY = 300.0, 200  # speech at Twilio; texts that a new session is told
 MAX_TOOLS, MAX_TOOL_ROUNDS = 16, 8  # of one response; in a row without a sound
 HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_response"}  # crossings
 FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}  # codes or types
 CLOSING = re.compile(  # words that agree or take leave: they call no hang-up off
-    "(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です|わかりました|承知しました"
-    "|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく|すみません|失礼(し|いたし)ま(す|した)"
-    "|さよ(う)?なら|おやすみなさい|お疲れ様です|バイバイ|yes|ok|thank(you|s)|(good)?bye)+",
+    "(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です|わかりました"
+    "|承知しました|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく|すみません"
+    "|失礼(し|いたし)ま(す|した)|さよ(う)?なら|おやすみなさい|お疲れ様です|バイバイ"
+    "|yes|ok|thank(you|s)|(good)?bye)+",
     re.IGNORECASE,
 )
 
@@ -172,7 +166,7 @@ class Answer:
 
     id: str
     created_at: float
-    life_at: float  # when the last event of it came
+    life_at: float  # when its last event came
     sounded: bool = False
     cut: bool = False  # the caller spoke over it, or nobody wants it: no more of it is heard
 
@@ -199,17 +193,15 @@ class Call:
         self.notes: Object = {}  # for hooks and tools; the bridge does not look at it
         self.next_url, self.reconnects = next_url, 0  # where Twilio asks what is next
         self.log = logging.LoggerAdapter(log, {"call": sid})
-        self.over: asyncio.Future[str] = self.loop.create_future()  # why the call has ended
         self.twilio: TwilioConnection | None = None  # until the stream opens
+        self.over: asyncio.Future[str] = self.loop.create_future()  # why the call has ended
         self.ending: Ending | None = None
 
         self.openai: OpenAIConnection | None = None  # the latest; may be closed
-        self.session = 0  # how many there have been
-        self.ready_at = math.inf  # when session.update was accepted (audio is sent); inf: not yet
-        self.patience: asyncio.Timeout | None = None  # with the session that is being set up
+        self.session, self.lost_at = 0, self.began_at  # how many; since when there is none
+        self.ready_at = math.inf  # when session.update was accepted: audio is sent; inf: not yet
         self.server_answers = True  # create_response: OpenAI responds to a turn by itself
-        self.transcribing = bool(bridge.transcriber)
-        self.failed = ""  # why no model can be reached: nothing more comes of it
+        self.cause = self.failed = ""  # why a session was lost last; why nothing comes any more
         self.history: dict[str, tuple[str, str]] = {}  # item -> role, text; for a new session
 
         self.playback, self.audio = Playback(), CallerAudio()
@@ -219,22 +211,18 @@ class Call:
         self.undecided = False  # … over the model, and not yet enough to interrupt it
         self.last_second = False  # … at its last words: even a short word is an answer
         self.unwanted_until = 0.0  # a response that begins until then may be to a backchannel
-        self.echoes = 0  # answers in a row that were cut at once, without words of the caller's own
-        self.last_words = ""  # the model's
+        self.echoes, self.last_words = 0, ""  # answers cut at once, in a row; the model's words
 
         # What the model owes the caller: None, or the `response` of the response.create that asks
         # for it. The sound of a response created since then clears it, or its tool calls do.
         self.owed: Object | None = None
         self.owed_at = self.quiet_until = 0.0  # since when; nothing is asked for before
-        self.attempts = 0  # to have it
+        self.attempts = self.tool_rounds = 0  # to have it; responses that only called tools
         self.asked_at = math.inf  # the oldest request that no event has followed
         self.active: Answer | None = None
-        self.done: deque[str] = deque(maxlen=16)  # ids of responses that are over
         self.tools: asyncio.Task[None] | None = None  # that the last response called
-        self.tool_rounds = 0  # responses in a row that called tools and said nothing
-        self.opening: Object = {}  # what is owed first
-        self.life = asyncio.create_task(self.live())
         self.timer = self.loop.call_later(TICK_S, self.tick)
+        self.life = asyncio.create_task(self.live())
 
     # ── Twilio's messages ──
 
@@ -251,8 +239,10 @@ class Call:
         message = json.loads(text)
         match message["event"]:
             case "media":
-                base64.b64decode(message["media"]["payload"], validate=True)
-                self.from_caller(message["media"]["payload"], int(message["media"]["timestamp"]))
+                payload, timestamp = message["media"]["payload"], message["media"]["timestamp"]
+                base64.b64decode(payload, validate=True)
+                known = re.fullmatch(r"\d{1,12}", str(timestamp), re.ASCII)
+                self.from_caller(payload, int(timestamp) if known else -1)  # never lose audio
             case "mark":
                 self.playback.mark_returned(int(message["mark"]["name"]), monotonic())
             case "dtmf":
@@ -260,8 +250,6 @@ class Call:
                     self.emit("key_pressed", key=key)
             case "stop":
                 self.end("caller hung up")
-            case unknown if unknown not in ("connected", "start"):  # see Bridge.first_message
-                self.log.info("Twilio sent an event that is not known here: %.60r", unknown)
         self.go_on()
 
     def from_caller(self, payload: str, timestamp_ms: int) -> None:
@@ -278,17 +266,15 @@ class Call:
         self.to_model(base64.b64encode(silence).decode(), len(silence) / 8)
 
     def to_model(self, payload: str, ms: float) -> None:
-        self.audio.keep(payload, ms, bool(self.speaking) or self.ready_at == math.inf)
-        self.append(payload)
+        ready = self.ready_at < math.inf
+        self.audio.keep(payload, ms, bool(self.speaking) or not ready)
+        if ready and self.openai:
+            self.openai.put('{"type":"input_audio_buffer.append","audio":"' + payload + '"}')
         if self.audio.voice:
             self.audio.voice.add(base64.b64decode(payload))
             self.judge_voice()
         if self.bridge.hooks.handling["caller_audio"]:
             self.emit("caller_audio", mulaw=base64.b64decode(payload))
-
-    def append(self, payload: str) -> None:
-        if self.openai and self.ready_at < math.inf:
-            self.openai.put('{"type":"input_audio_buffer.append","audio":"' + payload + '"}')
 
     # ── OpenAI's events ──
     #
@@ -299,84 +285,68 @@ class Call:
     def from_openai(self, text: str) -> None:
         """One event of OpenAI's. The many that are not named here need nothing."""
         event, now = json.loads(text), monotonic()
-        kind, item_id = event["type"], event.get("item_id", "")
         self.asked_at, self.audio.unnoticed = math.inf, False  # OpenAI is alive
-        if kind.startswith("response."):
-            answer = self.answer_of(event, now)
-            if answer is None:  # a late event of one that is over
-                return
-            answer.life_at = now
-            self.on_response(kind, answer, item_id, event)
-        match kind:
+        match event["type"]:
             case "session.updated":
-                self.session_updated(event["session"])
+                self.session_updated(event["session"]["audio"])
             case "error":
                 self.on_error(event["error"])
             case "input_audio_buffer.speech_started":
-                self.caller_started("" + item_id, now)
+                self.caller_started("" + event["item_id"], now)
             case "input_audio_buffer.speech_stopped":
-                self.caller_stopped("" + item_id, now)
+                self.caller_stopped("" + event["item_id"], now)
             case "input_audio_buffer.committed":
-                if item_id and item_id == self.speaking:  # its speech_stopped was lost
-                    self.caller_stopped(item_id, now)
-                self.remember(item_id, "user", "")  # its place; the words come later
+                if event["item_id"] == self.speaking:  # its speech_stopped was lost
+                    self.caller_stopped(self.speaking, now)
+                self.remember(event["item_id"], "user", "")  # its place; the words come later
             case "input_audio_buffer.timeout_triggered":
                 self.owe(pause_s=ANSWERS_S)  # idle_timeout_ms has passed: OpenAI speaks by itself
             case "conversation.item.input_audio_transcription.completed":
                 self.used(event.get("usage"), self.bridge.transcriber, "transcription")
-                self.caller_said(item_id, event["transcript"].strip())
+                self.caller_said(event["item_id"], event["transcript"].strip())
             case "conversation.item.input_audio_transcription.failed":
                 self.fault(f"no words for a turn ({event.get('error')}): the call goes on")
-                self.caller_said(item_id, "")
+                self.caller_said(event["item_id"], "")
+            case "response.created":
+                self.response_created("" + event["response"]["id"], now)
+            case str(kind) if kind.startswith("response.") and (answer := self.active):
+                # Late events of a response that is over mean nothing.
+                if answer.id == (event.get("response_id") or event["response"]["id"]):
+                    answer.life_at = now
+                    self.on_response(kind, answer, event)
         self.go_on()
 
-    def on_response(self, kind: str, answer: Answer, item_id: str, event: Object) -> None:
+    def response_created(self, response_id: str, now: float) -> None:
+        """Nobody wants a response that begins while the caller speaks, or to a backchannel."""
+        unwanted = self.owed is None and now < self.unwanted_until
+        self.active, self.unwanted_until = Answer(response_id, now, now), 0.0
+        if unwanted or (self.speaking and not self.model_heard(now)):
+            self.cancel(self.active)
+
+    def on_response(self, kind: str, answer: Answer, event: Object) -> None:
         match kind:
             case "response.output_audio.delta":
-                self.from_model(answer, item_id, event.get("content_index", 0), event["delta"])
+                self.from_model(answer, self.item_of(answer, event), event["delta"])
             case "response.output_audio_transcript.delta":
-                self.item_of(answer, item_id).text += event["delta"]
+                item, piece = self.item_of(answer, event), event["delta"]
+                item.text += piece
                 if not answer.cut:
-                    self.emit("model_words", item=item_id, text=event["delta"])
+                    self.emit("model_words", item=item.id, text=piece)
             case "response.output_audio_transcript.done":
-                self.item_of(answer, item_id).text = "" + event["transcript"]
-            case "response.output_item.done":
-                if item := self.playback.items.get(event["item"]["id"]):
-                    item.complete = True
+                self.item_of(answer, event).text = "" + event["transcript"]
             case "response.done":
                 self.response_done(answer, event["response"])
 
-    def answer_of(self, event: Object, now: float) -> Answer | None:
-        """The response of an event, which its first event begins; None when it is over.
+    def item_of(self, answer: Answer, event: Object) -> Item:
+        item_id, index = "" + event["item_id"], int(event.get("content_index", 0))
+        self.remember(item_id, "assistant", "")
+        new = Item(item_id, answer.id, self.session, index)
+        return self.playback.items.setdefault(item_id, new)
 
-        Nobody wants one that begins while the caller speaks, or that responds to a backchannel:
-        it is cancelled, and none of it is heard.
-        """
-        response_id = "" + (event.get("response_id") or event["response"]["id"])
-        if response_id in self.done:
-            return None
-        if self.active and (self.active.id == response_id or event["type"] != "response.created"):
-            return self.active
-        if self.active:  # its response.done was lost
-            self.response_over(self.active)
-        self.active = Answer(response_id, now, now)
-        unwanted = self.owed is None and now < self.unwanted_until
-        if unwanted or (self.speaking and not self.model_heard(now)):
-            self.cancel(self.active)
-        self.unwanted_until = 0.0
-        return self.active
-
-    def item_of(self, answer: Answer, item_id: str) -> Item:
-        if item_id not in self.playback.items:
-            self.playback.items[item_id] = Item("" + item_id, answer.id, self.session)
-            self.remember(item_id, "assistant", "")
-        return self.playback.items[item_id]
-
-    def from_model(self, answer: Answer, item_id: str, content_index: int, delta: str) -> None:
+    def from_model(self, answer: Answer, item: Item, delta: str) -> None:
         """A piece of the model's voice."""
         size, now = len(base64.b64decode(delta, validate=True)), monotonic()
-        item = self.item_of(answer, item_id)
-        item.made, item.content_index = item.made + size, content_index
+        item.made += size
         if answer.cut and item.heard_ms is None:  # it began after the cut
             self.truncate(item, 0)
         if answer.cut or not size or self.over.done():
@@ -385,12 +355,11 @@ class Call:
             self.fault(f"{size} bytes of speech were dropped: {MAX_QUEUED_S:g} s are queued")
             return
         self.stop_notices(now)
-        if not item.sounded:
-            self.emit("model_started_speaking", item=item_id)
-        if not answer.sounded:
-            answer.sounded, self.tool_rounds = True, 0
-            if answer.created_at >= self.owed_at:
-                self.owed = None
+        if not item.ends:
+            self.emit("model_started_speaking", item=item.id)
+        answer.sounded, self.tool_rounds = True, 0
+        if answer.created_at >= self.owed_at:
+            self.owed = None
         self.to_twilio(item, delta, size, now)
         if self.bridge.hooks.handling["model_audio"]:
             self.emit("model_audio", mulaw=base64.b64decode(delta))
@@ -404,8 +373,8 @@ class Call:
 
     # ── Turns and barge-in ──
     #
-    # A caller who speaks over the model is listened to for BARGE_IN_MS of voice first. 「はい」 or a
-    # cough leaves the model alone, and OpenAI's response to it is not wanted. Longer speech
+    # A caller who speaks over the model is listened to for BARGE_IN_MS of voice first. 「はい」 or
+    # a cough leaves the model alone, and OpenAI's response to it is not wanted. Longer speech
     # interrupts: `clear` empties Twilio's queue, each item is truncated in the model's memory at
     # what was heard of it, and what still comes of the response is dropped.
 
@@ -434,15 +403,14 @@ class Call:
             # OpenAI hears a caller who is too quiet for the measure.
             enough = voice.ms >= limit_ms or now - self.speaking_at >= limit_ms / 1000 + 0.7
             if self.undecided and enough and self.echoes < MAX_ECHOES:
-                self.undecided = False
                 self.barge_in(now)
             if voice.ms >= CALLS_OFF_MS:
                 self.call_off(self.speaking)
 
     def barge_in(self, now: float) -> None:
-        """The caller interrupts. At BARGE_IN_MS=0 OpenAI cancels its response by itself."""
+        self.undecided = False
         if self.active and self.bridge.barge_in_ms == 0:
-            self.active.cut = True
+            self.active.cut = True  # OpenAI cancels it by itself
         if cut := self.stop_model(now):
             self.echoes = self.echoes + 1 if (cut[0].heard_ms or 0) < ECHO_MS else 0
 
@@ -454,16 +422,14 @@ class Call:
         cut = [item for item in self.clear(now) if item.id]
         for item in cut:
             self.truncate(item, item.heard_ms or 0)
-        if cut:
-            self.last_words, sent_ms = cut[0].text, (cut[0].ends - cut[0].begins) // 8
-            facts = {"item": cut[0].id, "heard_ms": cut[0].heard_ms, "sent_ms": sent_ms}
-            self.emit("model_interrupted", **facts)
+        for item in cut[:1]:
+            self.last_words, sent_ms = item.text, (item.ends - item.begins) // 8
+            self.emit("model_interrupted", item=item.id, heard_ms=item.heard_ms, sent_ms=sent_ms)
         return cut
 
     def clear(self, now: float) -> list[Item]:
-        if not self.playback.marks or not self.twilio:
-            return []
-        self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}')
+        if self.twilio and self.playback.marks:
+            self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}')
         return self.playback.cut(now)
 
     def stop_notices(self, now: float) -> None:
@@ -498,7 +464,7 @@ class Call:
             self.unwanted_until = now + UNWANTED_S
         else:
             self.owe(pause_s=ANSWERS_S if self.server_answers else 0.0)
-        if not self.transcribing:
+        if not self.bridge.transcriber:
             self.caller_said(item_id, "")
 
     def caller_said(self, item_id: str, words: str) -> None:
@@ -526,43 +492,42 @@ class Call:
 
     def owe(self, create: Object | None = None, pause_s: float = 0.0, again: bool = False) -> None:
         """The model owes the caller its voice from now on; `again`: it still does."""
-        now = monotonic()
-        if not again:
-            self.attempts = 0
         if not again or self.owed is None:
-            self.owed, self.owed_at = create or {}, now
-        self.quiet_until = now + pause_s
+            self.owed, self.owed_at = create or {}, monotonic()
+        self.attempts = self.attempts if again else 0
+        self.quiet_until = monotonic() + pause_s
 
     def go_on(self) -> None:
         """Do what is due, by what is true now."""
         now = monotonic()
         if self.over.done() or not self.stream_sid:
             return
-        for item in self.playback.settle(now):
+        for item in self.playback.settle(now, self.active.id if self.active else None):
             self.settled(item)
-        if self.notices and not self.playback.left_s(now) and not self.model_heard(now):
-            mulaw, self.playback.items[""] = self.notices.popleft(), Item("", complete=True)
-            payload = base64.b64encode(mulaw).decode()
-            self.to_twilio(self.playback.items[""], payload, len(mulaw), now)
+        if self.notices and not self.model_heard(now) and not self.playback.left_s(now):
+            mulaw = self.notices.popleft()
+            notice = self.playback.items[""] = Item("")
+            self.to_twilio(notice, base64.b64encode(mulaw).decode(), len(mulaw), now)
         if not self.failed:
             self.look_after_model(now)
         if self.ending:
             self.look_after_ending(self.ending, now)
 
     def look_after_model(self, now: float) -> None:
-        ready = self.ready_at < math.inf
         if (answer := self.active) and now - answer.life_at > DEAD_S:
-            self.fault(f"a response gave no sign of life for {DEAD_S:g} s: cancelled")
             self.cancel(answer)
-            self.response_over(answer)
+            self.active = None
+            self.fault(f"a response gave no sign of life for {DEAD_S:g} s: cancelled")
             self.owe(again=True)
-        if ready and now - self.asked_at > DEAF_S:
+        if self.ready_at < math.inf and now - self.asked_at > DEAF_S:
             self.replace_session(f"OpenAI has not reacted for {DEAF_S:g} s")
-        if self.owed is None or self.speaking or self.tools:
+        limit_s = SILENCE_S if self.history else GREETING_S
+        if self.ready_at == math.inf and now - self.lost_at > SESSION_S:
+            self.give_up(f"no session for {SESSION_S:g} s ({self.cause or 'no answer'})")
+        elif self.owed is None or self.speaking or self.tools:
             return
-        limit_s = GREETING_S if self.owed is self.opening else SILENCE_S
-        if now - self.owed_at > limit_s and not (self.active and self.active.sounded):
-            self.give_up(f"no sound came for {limit_s:g} s")
+        elif now - self.owed_at > limit_s and not (self.active and self.active.sounded):
+            self.give_up(f"no sound for {limit_s:g} s")
         elif self.ready_at < math.inf and not self.active and now >= self.quiet_until:
             self.attempts += 1
             if self.attempts < 3:
@@ -583,15 +548,12 @@ class Call:
 
     def response_done(self, answer: Answer, response: Object) -> None:
         """A response is over: completed, cancelled, failed or incomplete."""
-        status, details = response.get("status") or "completed", response.get("status_details")
-        error = (details := details or {}).get("error") or {}
-        why = str(error.get("code") or details.get("reason") or status)
-        calls = [
-            item
-            for item in response.get("output") or []
-            if item["type"] == "function_call" and item.get("status", "completed") == "completed"
-        ]
-        self.response_over(answer)
+        status, details = response.get("status", "completed"), response.get("status_details") or {}
+        error = details.get("error") or {}
+        why = f"{error.get('code') or details.get('reason') or status}"
+        calls = [item for item in response.get("output") or [] if item["type"] == "function_call"]
+        calls = [call for call in calls if call.get("status", "completed") == "completed"]
+        self.active = None
         self.used(response.get("usage"), self.bridge.model, "response")
         if is_final(error):
             self.give_up(f"{why}: {error.get('message')}")
@@ -603,19 +565,13 @@ class Call:
             self.audio.forget_turn()
         elif not answer.sounded and not answer.cut:
             self.fault(f"a response brought no sound ({why}): the model is asked again")
-            self.owe(again=True, pause_s=FAILED_S if status == "failed" else 0.0)
+            self.owe(again=True, pause_s=ANSWERS_S)
         elif status in ("failed", "incomplete"):
             self.fault(f"a response broke off ({why}): the call goes on")
 
-    def response_over(self, answer: Answer) -> None:
-        self.active = None
-        self.done.append(answer.id)
-        for item in self.playback.items.values():
-            item.complete = item.complete or item.response_id == answer.id
-
     def settled(self, item: Item) -> None:
         """It is known now how much of an item the caller has heard."""
-        if item.id and item.sounded:
+        if item.id and item.ends:
             self.remember(item.id, "assistant", item.heard_text)
             if item.heard_ms is None:
                 self.last_words = item.text
@@ -624,29 +580,30 @@ class Call:
 
     async def use_tools(self, calls: list[Object], answer: Answer) -> None:
         """Run what the model called, side by side; then let it speak, once."""
-        wanted = await asyncio.gather(*(self.use_tool(call, answer) for call in calls))
+        wanted = await asyncio.gather(*(self.use_tool(call, answer.cut) for call in calls))
         self.tools = None
         if any(wanted) and not (self.ending and answer.sounded):  # one goodbye is enough
             self.owe()
         self.go_on()
 
-    async def use_tool(self, call: Object, answer: Answer) -> bool:
+    async def use_tool(self, call: Object, cut: bool) -> bool:
         """Run one tool. Returns whether the model is to speak about the result."""
         session, began_at, call_id = self.session, monotonic(), call.get("call_id")
         name, arguments = str(call["name"]), str(call.get("arguments") or "{}")
         result: str | None = "The caller spoke over this, so it was not done."
-        if not answer.cut:  # 「はい」 must not book anything
+        if not cut:  # 「はい」 must not book anything
             result = await self.bridge.hooks.run_tool(self, name, arguments)
         text = result or ""
+        known = f"{name}({arguments}) → {text}"
         if session == self.session and self.ready_at < math.inf:
             item = {"type": "function_call_output", "call_id": call_id, "output": text}
             self.to_openai("conversation.item.create", item=item)
-            self.remember(f"tool {call_id}", "system", f"{name}({arguments}) → {text}")
+            self.remember(f"tool {call_id}", "system", known)
         else:  # the session that called it is gone: the next one is told in words
-            self.tell(f"{name}({arguments}) → {text}")
+            self.tell(known)
         facts = {"name": name, "arguments": arguments, "result": text}
         self.emit("tool_used", **facts, seconds=monotonic() - began_at)
-        return result is not None and not answer.cut
+        return result is not None and not cut
 
     # ── The session with the model ──
     #
@@ -655,58 +612,45 @@ class Call:
     # heard. Then it gets the caller's audio that the old one had not answered.
 
     async def keep_session(self) -> None:
-        """Have a session as long as the call lasts, or give the model up."""
-        tries, streak_at, pause_s = 0, monotonic(), 0.25
-        while not self.over.done() and not self.failed:
-            tries += 1
+        """Have a session as long as the call lasts, or until `look_after_model` gives it up."""
+        pause_s = 0.25
+        while not self.failed:
+            final, openai = False, None
             try:
-                async with asyncio.timeout_at(streak_at + SESSION_S) as self.patience:
-                    async with self.bridge.connect() as openai:
-                        self.openai = typing.cast(OpenAIConnection, openai)
-                        self.session += 1
-                        self.openai.handle = self.from_openai
-                        self.to_openai("session.update", session=self.wanted_session())
-                        await self.openai.read()
-                why = f"closed with {openai.close_code} {openai.close_reason}".strip()
-                if 3000 <= (openai.close_code or 0) < 5000:  # OpenAI itself refuses
-                    self.give_up(f"OpenAI {why}")
+                async with self.bridge.connect() as openai:
+                    self.openai, self.session = openai, self.session + 1
+                    openai.handle = self.from_openai
+                    self.to_openai("session.update", session=self.bridge.session)
+                    await openai.read()
+                cause = f"closed with {openai.close_code} {openai.close_reason}".strip()
+                final = 3000 <= (openai.close_code or 0) < 5000  # OpenAI itself refuses
             except InvalidStatus as refusal:
                 status, body = refusal.response.status_code, bytes(refusal.response.body or b"")
-                why = f"HTTP {status}"
-                passing = status in (408, 425, 429) or status >= 500
-                if not passing or any(code.encode() in body for code in FINAL):
-                    self.give_up(f"{why} from OpenAI: is OPENAI_API_KEY right, and paid for?")
+                cause = f"HTTP {status}: is OPENAI_API_KEY right, and paid for?"
+                final = status < 500 and status not in (408, 425, 429)  # those pass
+                final = final or any(code.encode() in body for code in FINAL)
             except Exception as exc:  # reset, a broken handshake, a name that is not found …
-                why = str(exc) or type(exc).__name__
-            now = monotonic()
-            if now - self.ready_at > LASTED_S:
-                tries, streak_at, pause_s = 0, now, 0.25
+                cause = str(exc) or type(exc).__name__
+            if (now := monotonic()) - self.ready_at > LASTED_S:
+                self.lost_at, pause_s, self.cause = now, 0.25, ""
             self.forget_session()
-            if tries >= MAX_CONNECTS or now + pause_s >= streak_at + SESSION_S:
-                self.give_up(f"no session with OpenAI in {tries} tries (the last: {why})")
-            if not self.over.done() and not self.failed:
-                self.fault(f"no session with OpenAI ({why}): connecting again")
-                await asyncio.sleep(pause_s)
-                pause_s = min(pause_s * 2, 1.0)
+            if final:
+                self.give_up(cause)
+            elif cause != self.cause and not self.over.done():
+                self.fault(f"no session with OpenAI ({cause}): connecting again")
+            self.cause = cause
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, 1.0)
 
-    def wanted_session(self) -> Object:
-        without = {} if self.transcribing else {"audio": {"input": {"transcription": None}}}
-        return dict(merge_patch(self.bridge.session, without))
-
-    def session_updated(self, session: Object) -> None:
+    def session_updated(self, audio: Object) -> None:
         """OpenAI accepts our session.update, and says what it made of it."""
         if self.ready_at < math.inf or not self.openai:
             return
-        audio = session["audio"]
         if any(audio[way]["format"]["type"] != "audio/pcmu" for way in ("input", "output")):
-            self.give_up(
-                "OpenAI grants another format than audio/pcmu: the caller would hear noise"
-            )
+            self.give_up("OpenAI grants another format than audio/pcmu: that would be noise")
             return
         turns = audio["input"].get("turn_detection") or {}
         self.server_answers, self.ready_at = turns.get("create_response", True), monotonic()
-        if self.patience:
-            self.patience.reschedule(None)
         for role, text in self.history.values():
             if text:
                 self.add_text(role, text)
@@ -716,7 +660,7 @@ class Call:
         if self.audio.dropped_ms:
             self.log.warning("the new session misses %.0f ms of audio", self.audio.dropped_ms)
         for payload in self.audio.kept:
-            self.append(payload)
+            self.to_openai("input_audio_buffer.append", audio=payload)
         if not self.stream_sid:  # what it says waits unread until the caller is there
             self.openai.transport.pause_reading()
 
@@ -727,17 +671,16 @@ class Call:
             self.owe()
             self.owed_at -= DEAF_S  # the caller has waited
         self.ready_at = self.asked_at = math.inf
+        self.lost_at = monotonic()
         self.bridge.close(self.openai)
 
     def forget_session(self) -> None:
         """What was in progress in the session is over. The texts and the caller's audio stay."""
         self.ready_at = self.asked_at = math.inf
-        if answer := self.active:
-            self.response_over(answer)
-            if not answer.cut:
-                self.owe(again=True)
+        if self.active and not self.active.cut:
+            self.owe(again=True)
+        self.active = None
         for item in self.playback.items.values():  # what Twilio has of them is heard
-            item.complete = True
             self.remember(item.id, "assistant", item.heard_text)
         if item_id := self.speaking:  # the new session hears that turn from its beginning
             self.speaking, self.undecided = "", False
@@ -745,18 +688,18 @@ class Call:
 
     def on_error(self, error: Object) -> None:
         """Most errors are recoverable, and the session stays open: the call goes on."""
-        code, text = error.get("code"), f"{error.get('code')}: {error.get('message')}"
+        text, heard = f"{error.get('code')}: {error.get('message')}", self.bridge.session["audio"]
         if is_final(error):
             self.give_up(text)
         elif self.ready_at < math.inf:
-            if code not in HARMLESS:
+            if error.get("code") not in HARMLESS:
                 self.fault(f"{text}: the call goes on")
             if error.get("event_id") == "ask":
                 self.quiet_until = monotonic() + FAILED_S
-        elif self.transcribing and "transcription" in str(error):
-            self.fault(f"{text}: trying without transcription")
-            self.transcribing = False
-            self.to_openai("session.update", session=self.wanted_session())
+        elif "transcription" in str(error) and heard["input"].pop("transcription", None):
+            self.fault(f"{text}: from now on without transcription")
+            self.bridge.transcriber = ""
+            self.to_openai("session.update", session=self.bridge.session)
         else:
             self.give_up(f"OpenAI refuses the session: {text} ({error.get('param')})")
 
@@ -814,7 +757,7 @@ class Call:
         self.soon(lambda: self.stop_model(monotonic()))
 
     def play(self, mulaw: bytes) -> None:
-        """Let the caller hear a minute of G.711 mu-law, 8 kHz, when the model is not heard.
+        """Let the caller hear at most a minute of G.711 mu-law, 8 kHz, when the model is silent.
 
         A barge-in or the model's next words stop it.
         """
@@ -867,8 +810,8 @@ class Call:
         if ending and (ending.final or (final and reason != "transferred")):
             ending.final, ending.called_off_by = True, ""
         else:
-            limit_s = min(self.playback.left_s(now), MAX_GOODBYE_S) + GOODBYE_SLACK_S
-            self.ending = Ending(reason, twiml, final, now + limit_s)
+            deadline = now + self.playback.left_s(now) + GOODBYE_S
+            self.ending = Ending(reason, twiml, final, deadline)
 
     def call_off(self, item_id: str) -> None:
         """The caller goes on talking: the call does not end yet, and the model is told so."""
@@ -957,8 +900,6 @@ class Call:
         """Wait a moment for the words and the usage that OpenAI still owes, and settle the rest."""
         self.playback.cut(monotonic())
         self.bridge.close(self.twilio)
-        if self.active and not self.active.cut:
-            self.cancel(self.active)  # OpenAI then says what it has used
         until = monotonic() + WORDS_AT_END_S
         while self.stream_sid and self.ready_at < math.inf and monotonic() < until:
             if not self.active and all(at == math.inf for at in self.turns.values()):
@@ -966,12 +907,10 @@ class Call:
             await asyncio.sleep(0.02)
         if self.active:
             self.used(None, self.bridge.model, "response")
-        for item in self.playback.items.values():
-            item.complete = True
-        for item in self.playback.settle(monotonic()):
+        for item in self.playback.settle(monotonic(), None):
             self.settled(item)
         for item_id in list(self.turns):
-            if self.transcribing:
+            if self.bridge.transcriber:
                 self.used(None, self.bridge.transcriber, "transcription")
             self.caller_said(item_id, "")
 
@@ -1046,11 +985,9 @@ class Item:
     session: int = 0  # a later session does not know it
     content_index: int = 0
     begins: int = 0  # position of its first byte
-    ends: int = 0  # position behind the last byte that Twilio was given
+    ends: int = 0  # position behind the last byte that Twilio was given; 0: nothing so far
     made: int = 0  # bytes that OpenAI sent, those included that nobody will hear
     text: str = ""  # its words so far
-    sounded: bool = False  # Twilio was given some of it
-    complete: bool = False  # OpenAI will send no more of it
     heard_ms: int | None = None  # where a barge-in cut it
 
     @property
@@ -1070,8 +1007,7 @@ class Playback:
 
     def add(self, item: Item, size: int, now: float) -> int:
         """Twilio is given `size` bytes of an item. Returns the position that names the mark."""
-        if not item.sounded:
-            item.sounded, item.begins = True, self.sent
+        item.begins = item.begins if item.ends else self.sent
         self.ends_at = max(self.ends_at, now) + size / 8000
         self.sent = item.ends = self.sent + size
         self.marks.append(self.sent)
@@ -1095,21 +1031,25 @@ class Playback:
         """Twilio's queue is cleared. Returns the items that were not heard to their end."""
         heard = self.heard(now)
         self.marks.clear()
-        cut = [item for item in self.items.values() if item.sounded and item.ends > heard]
+        self.ends_at = now
+        cut = [item for item in self.items.values() if item.ends > heard]
         for item in cut:
             item.heard_ms = max(0, heard - item.begins) // 8
         return cut
 
-    def settle(self, now: float) -> list[Item]:
-        """Takes out, and returns, the items of which it is known now how much was heard."""
+    def settle(self, now: float, active: str | None) -> list[Item]:
+        """Takes out, and returns, the items of which it is known now how much was heard.
+
+        `active` is the response in progress, whose items are not complete yet.
+        """
         if now > self.ends_at + MARK_PATIENCE_S:
             self.marks.clear()
-        played = min(self.marks, default=self.sent + 1)
-        out = [item for item in self.items.values() if item.complete]
-        out = [item for item in out if item.heard_ms is not None or item.ends < played]
-        for item in out:
+        out = self.marks[0] if self.marks else self.sent + 1
+        known = [item for item in self.items.values() if item.response_id != active]
+        known = [item for item in known if item.heard_ms is not None or item.ends < out]
+        for item in known:
             del self.items[item.id]
-        return out
+        return known
 
 
 # ── 4 Caller audio ──────────────────────────────────────────────────────────────────────────────
@@ -1179,12 +1119,11 @@ class CallerAudio:
     def take(self, timestamp_ms: int, ms: float, now: float) -> float:
         """A frame of so many ms has come. Returns how many are missing before it."""
         self.frame_at = now
+        if self.position_ms < 0:
+            self.position_ms = timestamp_ms
         gap_ms = timestamp_ms - self.position_ms
-        if self.position_ms < 0 or gap_ms < GAP_MS:
-            gap_ms = 0.0
-        self.position_ms = (
-            max(self.position_ms, timestamp_ms if self.position_ms < 0 else 0) + gap_ms + ms
-        )
+        gap_ms = gap_ms if gap_ms >= GAP_MS else 0.0
+        self.position_ms += gap_ms + ms
         return gap_ms
 
     def stall(self, now: float) -> float:
@@ -1592,7 +1531,7 @@ class Bridge:
         self.validators = [RequestValidator(token) for token in tokens]
         self.secret = (tokens[0] if tokens else secrets.token_hex()).encode()
 
-    def connect(self) -> connect:
+    def connect(self) -> Any:
         key = self.settings.openai_api_key
         return connect(
             self.url,
@@ -1771,8 +1710,7 @@ class Bridge:
         self.past.pop(sid, None)
         call = self.calls[sid] = Call(self, sid, caller, called, self.next_url(request))
         if opening:
-            call.opening = {"instructions": f"{self.settings.instructions}\n\n{opening}"}
-            call.owe(call.opening)
+            call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
         return call
 
     def next_url(self, request: Request) -> str:
