@@ -257,17 +257,16 @@ class Call:
         ms = size_of(payload) / 8
         if gap_ms := self.audio.take(timestamp_ms, ms, monotonic()):
             self.fill(gap_ms)
-        self.to_model(payload, ms)
+        self.to_model(payload)
 
     def fill(self, gap_ms: float) -> None:
         """Silence for a gap. Of a long one 30 s are enough, because no sentence hangs on more."""
         self.log.info("%.0f ms of the caller's audio are missing: filled with silence", gap_ms)
-        silence = b"\xff" * round(min(gap_ms, 30_000) * 8)
-        self.to_model(base64.b64encode(silence).decode(), len(silence) / 8)
+        self.to_model(base64.b64encode(b"\xff" * round(min(gap_ms, 30_000) * 8)).decode())
 
-    def to_model(self, payload: str, ms: float) -> None:
+    def to_model(self, payload: str) -> None:
         ready = self.ready_at < math.inf
-        self.audio.keep(payload, ms, bool(self.speaking) or not ready)
+        self.audio.keep(payload, bool(self.speaking) or not ready)
         if ready and self.openai:
             self.openai.put('{"type":"input_audio_buffer.append","audio":"' + payload + '"}')
         if self.audio.voice:
@@ -393,7 +392,7 @@ class Call:
         if not self.undecided:
             self.barge_in(now)
         if self.undecided or self.ending:
-            self.audio.voice = Voice(self.audio.last(PREROLL_MS))
+            self.audio.voice = Voice(self.audio.last_second())
             self.judge_voice()
 
     def judge_voice(self) -> None:
@@ -452,7 +451,7 @@ class Call:
 
     def caller_stopped(self, item_id: str, now: float) -> None:
         self.speaking, self.turns[item_id] = "", now
-        self.audio.turn_ms = self.audio.kept_ms
+        self.audio.turn = len(self.audio.kept)
         self.emit("caller_stopped_speaking", item=item_id)
         making = self.active and not self.active.cut  # more of its words may come
         # speech_stopped comes half a second after the caller's last sound.
@@ -502,8 +501,7 @@ class Call:
         now = monotonic()
         if self.over.done() or not self.stream_sid:
             return
-        for item in self.playback.settle(now, self.active.id if self.active else None):
-            self.settled(item)
+        self.settle(now)
         if self.notices and not self.model_heard(now) and not self.playback.left_s(now):
             mulaw = self.notices.popleft()
             notice = self.playback.items[""] = Item("")
@@ -512,6 +510,16 @@ class Call:
             self.look_after_model(now)
         if self.ending:
             self.look_after_ending(self.ending, now)
+
+    def settle(self, now: float) -> None:
+        """Tell what is known now of how much the caller has heard."""
+        for item in self.playback.settle(now, self.active.id if self.active else None):
+            if item.id and item.ends:
+                self.remember(item.id, "assistant", item.heard_text)
+                if item.heard_ms is None:
+                    self.last_words, self.echoes = item.text, 0
+                facts = {"item": item.id, "text": item.text, "heard_ms": item.heard_ms}
+                self.emit("model_said", **facts)
 
     def look_after_model(self, now: float) -> None:
         if (answer := self.active) and now - answer.life_at > DEAD_S:
@@ -568,15 +576,6 @@ class Call:
             self.owe(again=True, pause_s=ANSWERS_S)
         elif status in ("failed", "incomplete"):
             self.fault(f"a response broke off ({why}): the call goes on")
-
-    def settled(self, item: Item) -> None:
-        """It is known now how much of an item the caller has heard."""
-        if item.id and item.ends:
-            self.remember(item.id, "assistant", item.heard_text)
-            if item.heard_ms is None:
-                self.last_words = item.text
-                self.echoes = 0 if self.echoes >= MAX_ECHOES else self.echoes
-            self.emit("model_said", item=item.id, text=item.text, heard_ms=item.heard_ms)
 
     async def use_tools(self, calls: list[Object], answer: Answer) -> None:
         """Run what the model called, side by side; then let it speak, once."""
@@ -654,11 +653,11 @@ class Call:
         for role, text in self.history.values():
             if text:
                 self.add_text(role, text)
-        if self.owed is not None and not self.audio.turn_ms:
+        if self.owed is not None and not self.audio.turn:
             self.ask()
         self.quiet_until = monotonic() + ASK_AGAIN_S  # it may hear a turn in what follows
-        if self.audio.dropped_ms:
-            self.log.warning("the new session misses %.0f ms of audio", self.audio.dropped_ms)
+        if self.audio.dropped:
+            self.log.warning("the new session misses %d ms of audio", self.audio.dropped * 20)
         for payload in self.audio.kept:
             self.to_openai("input_audio_buffer.append", audio=payload)
         if not self.stream_sid:  # what it says waits unread until the caller is there
@@ -784,13 +783,14 @@ class Call:
         self.soon(lambda: self.end_when_heard("transferred", after, final=True))
 
     def soon(self, act: Callable[[], object]) -> None:
-        def safely() -> None:
-            if not self.over.done():
-                act()
-                self.go_on()
-
+        """Do it on the loop, unless the call is over by then."""
         with contextlib.suppress(RuntimeError):  # the bridge has ended
-            self.loop.call_soon_threadsafe(safely)
+            self.loop.call_soon_threadsafe(self.at_once, act)
+
+    def at_once(self, act: Callable[[], object]) -> None:
+        if not self.over.done():
+            act()
+            self.go_on()
 
     def emit(self, event: str, **facts: Any) -> None:
         if self.stream_sid:  # before, call_started has not been told
@@ -852,8 +852,8 @@ class Call:
             return
         if now - self.began_at > self.bridge.settings.max_call_seconds:
             self.end_when_heard("time limit", say(TIME_IS_UP), final=True)
-        if self.speaking and (gap_ms := self.audio.stall(now)):
-            self.fill(gap_ms)
+        if self.speaking and (gap_s := now - self.audio.frame_at) > STALL_S:
+            self.fill(self.audio.take(self.audio.position_ms + gap_s * 1000, 0, now))
         for item_id, stopped_at in list(self.turns.items()):
             if now - stopped_at > WORDS_S:
                 self.caller_said(item_id, "")
@@ -907,8 +907,8 @@ class Call:
             await asyncio.sleep(0.02)
         if self.active:
             self.used(None, self.bridge.model, "response")
-        for item in self.playback.settle(monotonic(), None):
-            self.settled(item)
+            self.active = None
+        self.settle(monotonic())
         for item_id in list(self.turns):
             if self.bridge.transcriber:
                 self.used(None, self.bridge.transcriber, "transcription")
@@ -1067,7 +1067,7 @@ class Playback:
 # same 16 are the floor of a silent call. The noise is the quietest fifth of the last second.
 
 GAP_MS, STALL_S = 40.0, 0.75  # less is jitter: of timestamps, and without a frame
-PREROLL_MS, KEPT_MS = 1000.0, 60_000.0  # kept while nobody speaks; at most
+PREROLL, KEPT = 50, 3000  # payloads of 20 ms: kept while nobody speaks; at most
 FRAME = 160  # bytes, 20 ms
 LOUDNESS = bytes(127 - (byte & 127) for byte in range(256))  # of each mu-law byte; 0 is silence
 LOUDER = 16  # steps above the noise
@@ -1108,15 +1108,14 @@ class CallerAudio:
 
     def __init__(self) -> None:
         self.position_ms = -1.0  # how far the model has heard, by Twilio's timestamps
-        self.frame_at = 0.0  # when the last frame came, or a stall was filled
-        self.kept: deque[str] = deque()
-        self.kept_ms = self.turn_ms = 0.0  # … of which these, at the front, are a turn that ended
-        self.dropped_ms = 0.0  # what a new session would have needed, beyond KEPT_MS
+        self.frame_at = 0.0  # when the last frame came
+        self.kept: deque[str] = deque()  # payloads, usually 20 ms each
+        self.turn = self.dropped = 0  # those of a turn that ended; those that were too many
         self.voice: Voice | None = None  # only while it matters how much voice there is
         self.noise, self.voice_at = 127.0, -math.inf  # the quietest of late; when it was louder
         self.unnoticed = False  # … and OpenAI has sent no event since
 
-    def take(self, timestamp_ms: int, ms: float, now: float) -> float:
+    def take(self, timestamp_ms: float, ms: float, now: float) -> float:
         """A frame of so many ms has come. Returns how many are missing before it."""
         self.frame_at = now
         if self.position_ms < 0:
@@ -1126,35 +1125,22 @@ class CallerAudio:
         self.position_ms += gap_ms + ms
         return gap_ms
 
-    def stall(self, now: float) -> float:
-        """No frame has come for a while: time passes for the model all the same. Returns its ms."""
-        ms = (now - self.frame_at) * 1000
-        if ms < STALL_S * 1000 or self.position_ms < 0:
-            return 0.0
-        self.frame_at, self.position_ms = now, self.position_ms + ms
-        return ms
-
-    def keep(self, payload: str, ms: float, needed: bool) -> None:
+    def keep(self, payload: str, needed: bool) -> None:
+        """`needed`: the caller speaks, or no session hears it."""
         self.kept.append(payload)
-        self.kept_ms += ms
-        needed = needed or self.turn_ms > 0
-        while self.kept_ms > (KEPT_MS if needed else PREROLL_MS):
-            self.dropped_ms += self.forget() * needed
-
-    def forget(self) -> float:
-        ms = size_of(self.kept.popleft()) / 8
-        self.kept_ms, self.turn_ms = self.kept_ms - ms, max(0.0, self.turn_ms - ms)
-        return ms
+        while len(self.kept) > (KEPT if needed or self.turn else PREROLL):
+            self.kept.popleft()
+            self.dropped += needed
+            self.turn = max(0, self.turn - 1)
 
     def forget_turn(self) -> None:
         """The caller's last turn is known in words, or answered."""
-        while self.turn_ms > 0 and self.kept:
-            self.forget()
-        self.turn_ms = self.dropped_ms = 0.0
+        for _ in range(min(self.turn, len(self.kept))):
+            self.kept.popleft()
+        self.turn = self.dropped = 0
 
-    def last(self, ms: float) -> bytes:
-        """The last ms of what is kept, as mu-law."""
-        return b"".join(map(base64.b64decode, self.kept))[-round(ms * 8) :]
+    def last_second(self) -> bytes:
+        return b"".join(map(base64.b64decode, list(self.kept)[-PREROLL:]))
 
     def listen(self, now: float) -> float:
         """How long the caller has been quiet, in seconds: a rough look at every fifth frame."""
