@@ -309,9 +309,8 @@ class Call:
             case "response.created":
                 self.response_created("" + event["response"]["id"], now)
             case str(kind) if kind.startswith("response.") and (answer := self.active):
-                # Late events of a response that is over mean nothing.
                 if answer.id == (event.get("response_id") or event["response"]["id"]):
-                    answer.life_at = now
+                    answer.life_at = now  # events of a response that is over mean nothing
                     self.on_response(kind, answer, event)
         self.go_on()
 
@@ -327,20 +326,19 @@ class Call:
             case "response.output_audio.delta":
                 self.from_model(answer, self.item_of(answer, event), event["delta"])
             case "response.output_audio_transcript.delta":
-                item, piece = self.item_of(answer, event), event["delta"]
-                item.text += piece
+                item = self.item_of(answer, event)
+                item.text += event["delta"]
                 if not answer.cut:
-                    self.emit("model_words", item=item.id, text=piece)
+                    self.emit("model_words", item=item.id, text=event["delta"])
             case "response.output_audio_transcript.done":
                 self.item_of(answer, event).text = "" + event["transcript"]
             case "response.done":
                 self.response_done(answer, event["response"])
 
     def item_of(self, answer: Answer, event: Object) -> Item:
-        item_id, index = "" + event["item_id"], int(event.get("content_index", 0))
-        self.remember(item_id, "assistant", "")
-        new = Item(item_id, answer.id, self.session, index)
-        return self.playback.items.setdefault(item_id, new)
+        item = Item("" + event["item_id"], answer.id, self.session, event.get("content_index", 0))
+        self.remember(item.id, "assistant", "")
+        return self.playback.items.setdefault(item.id, item)
 
     def from_model(self, answer: Answer, item: Item, delta: str) -> None:
         """A piece of the model's voice."""
@@ -503,9 +501,9 @@ class Call:
             return
         self.settle(now)
         if self.notices and not self.model_heard(now) and not self.playback.left_s(now):
-            mulaw = self.notices.popleft()
-            notice = self.playback.items[""] = Item("")
-            self.to_twilio(notice, base64.b64encode(mulaw).decode(), len(mulaw), now)
+            mulaw, item = self.notices.popleft(), Item("")
+            self.playback.items[""] = item
+            self.to_twilio(item, base64.b64encode(mulaw).decode(), len(mulaw), now)
         if not self.failed:
             self.look_after_model(now)
         if self.ending:
@@ -635,7 +633,7 @@ class Call:
             self.forget_session()
             if final:
                 self.give_up(cause)
-            elif cause != self.cause and not self.over.done():
+            elif cause != self.cause and not self.failed:
                 self.fault(f"no session with OpenAI ({cause}): connecting again")
             self.cause = cause
             await asyncio.sleep(pause_s)
@@ -859,8 +857,8 @@ class Call:
                 self.caller_said(item_id, "")
         # A session that is deaf sends no event, not even that the caller speaks. So a caller who
         # was loud, and has been silent for a while since the last event, is a reason to ask.
-        quiet_s = self.audio.listen(now)
-        if self.audio.unnoticed and quiet_s > 2 and self.asked_at == math.inf:
+        quiet_s, ready = self.audio.listen(now), self.ready_at < math.inf
+        if ready and self.audio.unnoticed and quiet_s > 2 and self.asked_at == math.inf:
             self.asked_at = now
             self.to_openai("session.update", session={"type": "realtime"})  # changes nothing
         if self.speaking and min(quiet_s, now - self.speaking_at) > TURN_LOST_S:
@@ -920,10 +918,11 @@ def is_final(error: Object) -> bool:
     return bool(FINAL & {str(error.get("code")), str(error.get("type"))})
 
 
-def session_update(settings: Settings, model: str, tools: list[Object]) -> Object:
-    """The `session` of session.update, GA form: OpenAI refuses one with an unknown key as a whole.
+def session_update(settings: Settings, model: str, tools: list[Object]) -> tuple[Object, float]:
+    """The `session` of session.update in its GA form, and the ms of voice that interrupt.
 
-    With BARGE_IN_MS above 0 it is the bridge that interrupts, unless SESSION says otherwise.
+    OpenAI refuses a session with an unknown key as a whole. With BARGE_IN_MS above 0 it is the
+    bridge that interrupts. SESSION's own interrupt_response wins: false is "off", true is 0.
     """
     pcmu = {"type": "audio/pcmu"}  # 8 kHz by definition: a `rate` key is an unknown parameter
     # Documented and observed defaults differ (silence_duration_ms: 500, 200): all are written out.
@@ -941,11 +940,13 @@ def session_update(settings: Settings, model: str, tools: list[Object]) -> Objec
         session["reasoning"] = {"effort": "low"}
     if tools:
         session |= {"tools": tools, "tool_choice": "auto"}
-    session = merge_patch(session, settings.session)
+    session, barge_in_ms = merge_patch(session, settings.session), settings.barge_in_ms
     if turns := session["audio"]["input"].get("turn_detection"):
-        ours = {"create_response": True, "interrupt_response": settings.barge_in_ms == 0}
+        if (own := turns.get("interrupt_response")) is not None:
+            barge_in_ms = 0.0 if own else math.inf
+        ours = {"create_response": True, "interrupt_response": barge_in_ms == 0}
         session["audio"]["input"]["turn_detection"] = ours | turns
-    return session
+    return session, barge_in_ms
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -1498,15 +1499,9 @@ class Bridge:
         query = {"model": settings.openai_realtime_model} | dict(parse_qsl(url.query))
         self.url, self.model = url._replace(query=urlencode(query)).geturl(), query["model"]
         self.tls = ssl.create_default_context() if url.scheme == "wss" else None
-        self.session = session_update(settings, self.model, hooks.tools)
+        self.session, self.barge_in_ms = session_update(settings, self.model, hooks.tools)
         heard = self.session["audio"]["input"]
         self.transcriber = str((heard.get("transcription") or {}).get("model", ""))
-        # SESSION's own interrupt_response wins: false is "off", true is 0.
-        own, ours = (
-            (heard.get("turn_detection") or {}).get("interrupt_response"),
-            settings.barge_in_ms,
-        )
-        self.barge_in_ms = ours if own is (ours == 0) else 0.0 if own else math.inf
         self.calls: dict[str, Call] = {}  # by CallSid, from the webhook to the last close
         self.past: dict[str, Past] = {}  # by CallSid
         self.seen: dict[str, None] = {}  # tokens and webhooks that were used
@@ -2052,7 +2047,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         Settings(**chosen), public_base_url=chosen.get("public_base_url", "").rstrip("/")
     )
     try:
-        audio = session_update(settings, "", [])["audio"]
+        audio = session_update(settings, "", [])[0]["audio"]
         formats = [audio[way]["format"] for way in ("input", "output")]
     except (LookupError, TypeError, AttributeError):
         formats = []
