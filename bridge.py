@@ -491,7 +491,6 @@ class Call:
         """The model owes the caller its voice from now on; `again`: it still does."""
         if not again or self.owed is None:
             self.owed, self.owed_at = create or {}, monotonic()
-        self.attempts = self.attempts if again else 0
         self.quiet_until = monotonic() + pause_s
 
     def go_on(self) -> None:
@@ -535,17 +534,17 @@ class Call:
         elif now - self.owed_at > limit_s and not (self.active and self.active.sounded):
             self.give_up(f"no sound for {limit_s:g} s")
         elif self.ready_at < math.inf and not self.active and now >= self.quiet_until:
-            self.attempts += 1
-            if self.attempts < 3:
+            if self.attempts < 2:
                 self.ask()
-            elif self.attempts == 3:
+            elif self.attempts == 2:
+                self.attempts = 3
                 self.replace_session("the model was asked twice and said nothing")
             else:
                 self.give_up("the model says nothing, in a new session as well")
 
     def ask(self) -> None:
         """Ask the model to speak: response.create."""
-        now, create = monotonic(), self.owed or {}
+        now, create, self.attempts = monotonic(), self.owed or {}, self.attempts + 1
         self.asked_at, self.quiet_until = min(self.asked_at, now), now + ASK_AGAIN_S
         if self.tool_rounds >= MAX_TOOL_ROUNDS:
             create = create | {"tool_choice": "none"}
@@ -564,9 +563,10 @@ class Call:
         if is_final(error):
             self.give_up(f"{why}: {error.get('message')}")
         elif status == "completed" and calls:
-            self.owed, self.tool_rounds = None, self.tool_rounds + (not answer.sounded)
+            self.owed, self.attempts = None, 0
+            self.tool_rounds += not answer.sounded
             self.tools = asyncio.create_task(self.use_tools(calls[:MAX_TOOLS], answer))
-        elif answer.sounded and status == "completed":
+        elif answer.sounded and (status == "completed" or answer.cut):
             self.attempts = 0
             self.audio.forget_turn()
         elif not answer.sounded and not answer.cut:
@@ -578,7 +578,7 @@ class Call:
     async def use_tools(self, calls: list[Object], answer: Answer) -> None:
         """Run what the model called, side by side; then let it speak, once."""
         wanted = await asyncio.gather(*(self.use_tool(call, answer.cut) for call in calls))
-        self.tools = None
+        self.tools = None  # run_tool never raises
         if any(wanted) and not (self.ending and answer.sounded):  # one goodbye is enough
             self.owe()
         self.go_on()
@@ -872,10 +872,11 @@ class Call:
         self.twilio, self.stream_sid, twilio.handle = twilio, stream_sid, self.from_twilio
         self.audio.frame_at = self.owed_at = now
         self.emit("call_started")
-        if self.openai and self.ready_at < math.inf:  # asked already
-            self.asked_at, self.quiet_until = now, now + ASK_AGAIN_S
+        if self.openai and self.ready_at < math.inf:
             self.openai.transport.resume_reading()
-            self.emit("model_asked")
+            if self.owed is not None:  # and asked for already
+                self.asked_at, self.quiet_until = now, now + ASK_AGAIN_S
+                self.emit("model_asked")
         self.go_on()
 
     async def live(self) -> None:
