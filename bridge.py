@@ -344,12 +344,13 @@ class Call:
         """A piece of the model's voice."""
         size, now = len(base64.b64decode(delta, validate=True)), monotonic()
         item.made += size
-        if answer.cut and item.heard_ms is None:  # it began after the cut
+        if answer.cut and not item.ends and item.heard_ms is None:  # it began after the cut
             self.truncate(item, 0)
         if answer.cut or not size or self.over.done():
             return
         if self.playback.left_s(now) + size / 8000 > MAX_QUEUED_S:
-            self.fault(f"{size} bytes of speech were dropped: {MAX_QUEUED_S:g} s are queued")
+            self.fault(f"speech beyond {MAX_QUEUED_S:g} s is dropped: its response is cancelled")
+            self.cancel(answer)
             return
         self.stop_notices(now)
         if not item.ends:
@@ -520,10 +521,12 @@ class Call:
 
     def look_after_model(self, now: float) -> None:
         if (answer := self.active) and now - answer.life_at > DEAD_S:
+            wanted = not answer.cut
             self.cancel(answer)
             self.active = None
             self.fault(f"a response gave no sign of life for {DEAD_S:g} s: cancelled")
-            self.owe(again=True)
+            if wanted:
+                self.owe(again=True)
         if self.ready_at < math.inf and now - self.asked_at > DEAF_S:
             self.replace_session(f"OpenAI has not reacted for {DEAF_S:g} s")
         limit_s = SILENCE_S if self.history else GREETING_S
@@ -534,11 +537,11 @@ class Call:
         elif now - self.owed_at > limit_s and not (self.active and self.active.sounded):
             self.give_up(f"no sound for {limit_s:g} s")
         elif self.ready_at < math.inf and not self.active and now >= self.quiet_until:
-            if self.attempts < 2:
-                self.ask()
-            elif self.attempts == 2:
+            if self.attempts == 2:
                 self.attempts = 3
                 self.replace_session("the model was asked twice and said nothing")
+            elif self.attempts < 4:
+                self.ask()
             else:
                 self.give_up("the model says nothing, in a new session as well")
 
