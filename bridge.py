@@ -42,7 +42,6 @@ import importlib.util
 import inspect
 import json
 import logging
-import logging.handlers
 import math
 import mimetypes
 import os
@@ -56,17 +55,22 @@ import threading
 import time
 import types
 import typing
+from asyncio import sslproto
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from http import HTTPStatus
 from pathlib import Path
 from time import monotonic  # all times are in seconds of this clock
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from xml.sax.saxutils import escape, quoteattr
 
-from twilio.request_validator import RequestValidator  # type: ignore[import-untyped]
+from twilio.request_validator import (  # type: ignore[import-untyped]
+    RequestValidator,
+    get_signature_algorithm,
+)
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.connection import Connection, broadcast
 from websockets.asyncio.server import ServerConnection, serve
@@ -74,6 +78,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.frames import apply_mask  # type: ignore[attr-defined]
 from websockets.http11 import Request, Response
 from websockets.protocol import State
+from websockets.server import ServerProtocol
 
 log = logging.getLogger("bridge")
 Object = dict[str, Any]  # of JSON
@@ -1158,17 +1163,8 @@ class CallerAudio:
 
 
 # ── 5 Hooks ─────────────────────────────────────────────────────────────────────────────────────
-#
-# A hook file is plain Python that imports nothing from here. A function named after an event is
-# called at that event, with just the arguments that it names:
-#
-#     def caller_said(call, text):
-#         print(call.sid, text)
-#
-# Hooks observe, off the audio path: `emit` never waits and never raises. Each file gets its events
-# one at a time and in order, in a thread of its own; its `async def` run on the loop. By explicit
-# lists a file may offer TOOLS, which the model may call, and PAGES, for a browser of this computer.
 
+# A hook file's function named after an event is called then, with the arguments that it names.
 EVENTS = {  # -> arguments besides `call` and `at` (time.monotonic() at the event)
     "call_started": "",  # Twilio's stream is open and verified
     "model_asked": "",  # the bridge itself asked the model to speak
@@ -1188,234 +1184,136 @@ EVENTS = {  # -> arguments besides `call` and `at` (time.monotonic() at the even
     "call_ended": "reason",  # once for each call_started, and last
     "any_event": "event facts",  # all of the above but the two of audio
 }
-MAX_WAITING = 1000  # events of one file
-TOOL_S, MAX_RESULT = 20.0, 16_000  # a tool's time; characters of its result
+KIND: Any = {"string": str, "boolean": bool, "integer": int, "number": int | float, "array": list}
+to_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
+MAX_WAITING, TOOL_S, MAX_RESULT = 1000, 20.0, 16_000  # events of a file; s; characters
 
 
-class HookFile(threading.Thread):
-    """One file: its handlers, and the thread that calls them."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name=f"hooks/{name}.py", daemon=True)
-        self.handlers: dict[str, tuple[Callable[..., Any], list[str]]] = {}  # function, arguments
-        self.waiting: queue.SimpleQueue[tuple[str, Object] | None] = queue.SimpleQueue()
-        self.loop: asyncio.AbstractEventLoop | None = None  # None: not started
-        self.dropped = 0
-
-    def add_handler(self, event: str, function: Callable[..., Any]) -> None:
-        """Take a function as the handler of the event it is named after, or say what is wrong."""
-        if event not in EVENTS:
-            near = difflib.get_close_matches(event, EVENTS, 1, 0.75)
-            if near and not event.startswith("_"):
-                log.error("%s: %s is no event: did you mean %s?", self.name, event, near[0])
-            return
-        known, wanted = ["call", "at", *EVENTS[event].split()], []
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                wanted = known
-            elif name in known:
-                wanted.append(name)
-            elif parameter.default is parameter.empty:
-                near = difflib.get_close_matches(name, known, 1, 0)
-                text = "%s: %s has no argument %s: did you mean %s? It has %s. It is not called"
-                log.error(text, self.name, event, name, near[0], ", ".join(known))
-                return
-        self.handlers[event] = (function, wanted)
-
-    def tell(self, event: str, facts: Object) -> None:
-        if self.loop is None:
-            self.loop = asyncio.get_running_loop()
-            self.start()
-        if self.waiting.qsize() < MAX_WAITING or event == "call_ended":
-            self.waiting.put((event, facts))
-            return
-        self.dropped += 1
-        if self.dropped.bit_count() == 1:  # the 1st, 2nd, 4th, 8th …
-            log.error("%s is too slow: %d of its events were dropped", self.name, self.dropped)
-
-    def run(self) -> None:
-        while (told := self.waiting.get()) and self.loop:
-            event, facts = told
-            function, wanted = self.handlers[event]
-            try:
-                result = function(**{name: facts[name] for name in wanted})
-                if inspect.iscoroutine(result):
-                    asyncio.run_coroutine_threadsafe(contained(result), self.loop).result()
-            except BaseException:  # whatever it is, the next event must find this thread alive
-                extra = {"call": facts["call"].sid}
-                log.exception("%s: %s failed; the call goes on", self.name, event, extra=extra)
+def handle(waiting: queue.SimpleQueue[Any]) -> None:
+    """The thread of a hook file: whatever a handler raises, the next event finds it alive."""
+    for function, names, known, loop in iter(waiting.get, None):
+        try:
+            if inspect.iscoroutine(work := function(**{name: known[name] for name in names})):
+                asyncio.run_coroutine_threadsafe(contained(work), loop).result()
+        except BaseException:
+            extra = {"call": known["call"].sid}
+            log.exception("%s.%s failed", function.__module__, function.__name__, extra=extra)
 
 
 async def contained(work: Any) -> Any:
-    """Await what is not ours: what ends a program in it must not end the loop and all calls."""
+    """Await what is not ours: these two would end the event loop, and with it all calls."""
     try:
         return await work
-    except BaseException as exc:
-        task = asyncio.current_task()
-        if isinstance(exc, Exception) or (task and task.cancelling()):  # or it is we who cancel it
-            raise
+    except (KeyboardInterrupt, SystemExit) as exc:
         raise RuntimeError(repr(exc)) from exc
 
 
 class Hooks:
-    """The hook files of a folder, loaded by path under private names: they shadow no module.
-
-    `names`: those to load, in that order; None: all whose names do not begin with `_`. Raises
-    ValueError for a name that is not there, and for a file that exits while it loads because a
-    setting of its own is wrong. A file that raises anything else is logged and left out.
-    """
+    """The hook files of a folder: all, or those of `names`. A SystemExit stops the start."""
 
     def __init__(self, folder: Path, names: str | None) -> None:
-        self.files: dict[str, HookFile] = {}
-        self.handling: dict[str, list[HookFile]] = {event: [] for event in EVENTS}
-        self.functions: dict[str, Callable[..., Any]] = {}  # tools by name
-        self.tools: list[Object] = []  # as session.update wants them
-        self.pages: dict[str, Any] = {}  # path -> Path, or function of the query
-        self.offline: Callable[[], Any] | None = None  # starts the offline model, returns its URL
-        self.threads = ThreadPoolExecutor(256, "tool")
+        self.handling: dict[str, list[Any]] = {event: [] for event in EVENTS}
+        self.functions, self.pages, self.files = Object(), Object(), Object()
+        self.offline: Any = None  # starts the offline model, returns its URL
+        self.dropped, self.pool = 0, ThreadPoolExecutor(256, "tool")
         there = sorted(path.stem for path in folder.glob("[!_]*.py"))
-        named = [name.strip() for name in (names or "").split(",") if name.strip()]
-        # log.py comes first, because it shapes what the others log while they load.
-        for name in sorted(there, key="log".__ne__) if names is None else dict.fromkeys(named):
-            if name not in there:
-                choice = ", ".join(there) or "none"
-                raise ValueError(f"HOOKS names {name!r}, but hooks/ has only: {choice}")
+        there.sort(key="log".__ne__)  # log.py comes first: it shapes what the others log
+        chosen = dict.fromkeys(there if names is None else re.findall(r"[^\s,]+", names))
+        if missing := chosen.keys() - there:
+            sys.exit(f"HOOKS names {missing.pop()!r}: give some of {', '.join(there)}")
+        for name in chosen:
             try:
                 self.load(name, folder / f"{name}.py")
-            except SystemExit as wrong:
-                raise ValueError(f"hooks/{name}.py: {wrong}") from None
             except Exception:
                 log.exception("hooks/%s.py does not load and is left out", name)
+        self.tools = [schema for _, schema in self.functions.values()]  # for session.update
         log.info("hooks: %s", ", ".join(self.files) or "none")
 
     def load(self, name: str, path: Path) -> None:
-        spec = importlib.util.spec_from_file_location(f"_hook_{name}", path)
-        assert spec and spec.loader
+        spec: Any = importlib.util.spec_from_file_location(f"_hook_{name}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        tools = {tool.__name__: tool for tool in getattr(module, "TOOLS", [])}
-        pages, offline = getattr(module, "PAGES", {}), getattr(module, "OFFLINE_MODEL", None)
-        schemas = [tool_schema(tool) for tool in tools.values()]
-        if twice := tools.keys() & self.functions.keys():
-            raise TypeError(f"another file has a tool of the name {twice.pop()}")
-        for route, page in pages.items():
-            if not isinstance(page, Path) and len(inspect.signature(page).parameters) > 1:
-                raise TypeError(f"page {route}: give a pathlib.Path or a function of the query")
-        file = self.files[name] = HookFile(name)
-        for event, function in list(vars(module).items()):
-            ours = inspect.isfunction(function) and function.__module__ == spec.name
-            if ours and function not in (offline, *tools.values(), *pages.values()):
-                file.add_handler(event, function)
-        for event in file.handlers:
-            self.handling[event].append(file)
-        self.tools += schemas
-        self.functions |= tools
-        self.pages |= pages
-        self.offline = offline or self.offline
+        self.functions |= {f.__name__: (f, tool_schema(f)) for f in getattr(module, "TOOLS", [])}
+        self.pages |= getattr(module, "PAGES", {})
+        self.offline = getattr(module, "OFFLINE_MODEL", self.offline)
+        waiting = queue.SimpleQueue[Any]()
+        thread = threading.Thread(target=handle, args=[waiting], name=name, daemon=True)
+        self.files[name] = thread, waiting
+        thread.start()
+        for event, function in inspect.getmembers(module, inspect.isfunction):
+            if event[0] != "_" and (near := difflib.get_close_matches(event, EVENTS, 1, 0.75)):
+                names = list(inspect.signature(function).parameters)
+                known = [near[0], "call", "at", *EVENTS[near[0]].split()]
+                if odd := [word for word in (event, *names) if word not in known]:
+                    near = difflib.get_close_matches(odd[0], known, 1, 0)
+                    log.error("%s: %s: write %s for %s", path, event, near[0], odd[0])
+                else:
+                    self.handling[event].append((waiting, function, names))
 
     def emit(self, event: str, call: Any, at: float, facts: Object) -> None:
-        """Tell each file that handles this event. From the loop's thread."""
-        for file in self.handling[event]:
-            file.tell(event, {"call": call, "at": at, **facts})
-        if not event.endswith("_audio"):
-            for file in self.handling["any_event"]:
-                file.tell("any_event", {"call": call, "at": at, "event": event, "facts": facts})
+        known = {"call": call, "at": at, "event": event, "facts": facts, **facts}
+        more = [] if event.endswith("_audio") else self.handling["any_event"]
+        for waiting, function, names in self.handling[event] + more:
+            if waiting.qsize() < MAX_WAITING or event == "call_ended":
+                waiting.put((function, names, known, asyncio.get_running_loop()))
+                continue
+            self.dropped += 1
+            if self.dropped.bit_count() == 1:  # the 1st, 2nd, 4th, 8th …
+                log.error("%s is slow: %d events were dropped", function.__module__, self.dropped)
 
-    async def in_thread(self, work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Run what may block."""
-        loop = asyncio.get_running_loop()
-        return await contained(
-            loop.run_in_executor(self.threads, functools.partial(work, *arguments, **named))
-        )
+    async def in_thread(self, work: Callable[..., Any], *given: Any) -> Any:
+        return await contained(asyncio.get_running_loop().run_in_executor(self.pool, work, *given))
 
     async def run_tool(self, call: Any, name: str, arguments: str) -> str | None:
         """What a tool returns, as text; None: no response is wanted. A failure is told in words."""
-        try:
-            function = self.functions[name]
-            async with asyncio.timeout(TOOL_S):
-                given = json.loads(arguments)
-                given = {key: value for key, value in given.items() if value is not None}
-                check_arguments(tool_schema(function)["parameters"], given)
-                if "call" in inspect.signature(function).parameters:
-                    given["call"] = call
-                if inspect.iscoroutinefunction(function):
-                    result = await contained(function(**given))
-                else:
-                    result = await self.in_thread(function, **given)
-                if result is None or isinstance(result, str):
-                    return result and result[:MAX_RESULT]
-                return json.dumps(result, ensure_ascii=False, default=str)[:MAX_RESULT]
-        except KeyError:
-            return f"Error: there is no tool named {name}."
-        except TimeoutError:
-            log.error("tool %s took longer than %g s", name, TOOL_S, extra={"call": call.sid})
-            return f"Error: {name} did not answer within {TOOL_S:g} seconds."
-        except Exception as exc:
-            log.exception("tool %s failed", name, extra={"call": call.sid})
-            return f"Error: {type(exc).__name__}: {exc}"[:MAX_RESULT]
+        work = asyncio.wait_for(contained(self.use(call, name, arguments)), TOOL_S)
+        result: Any = (await asyncio.gather(work, return_exceptions=True))[0]
+        if isinstance(result, BaseException):  # also CancelledError, if the tool cancels itself
+            log.error("tool %s failed", name, exc_info=result, extra={"call": call.sid})
+            result = f"Error: {result!r} (a tool has {TOOL_S:g} s)"
+        return result and result[:MAX_RESULT]
+
+    async def use(self, call: Any, name: str, arguments: str) -> str | None:
+        tool, schema = self.functions[name]
+        given = {key: value for key, value in json.loads(arguments).items() if value is not None}
+        known = schema["parameters"]["properties"]
+        for key in given.keys() & known:  # Python itself names what is missing or unknown
+            value, want = given[key], known[key]
+            if not isinstance(value, KIND[want["type"]]) or value not in want.get("enum", [value]):
+                raise TypeError(f"{key} must fit {want}")
+        if "call" in inspect.signature(tool).parameters:
+            given["call"] = call
+        job = functools.partial(tool, **given)
+        result = await (job() if inspect.iscoroutinefunction(tool) else self.in_thread(job))
+        return result if isinstance(result, str | None) else str(to_json(result))
 
     def close(self, limit_s: float) -> None:
         """Wait until the files have handled their events, but no longer than this."""
-        deadline = monotonic() + limit_s
-        started = [file for file in self.files.values() if file.loop]
-        for file in started:
-            file.waiting.put(None)
-        for file in started:
-            file.join(max(0.0, deadline - monotonic()))
-            if file.is_alive():
-                log.error("%s has not come to its end in %g s and is left", file.name, limit_s)
-
-
-JSON_TYPES: Object = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
-JSON_TYPES["number"] = (float, int)
+        until = monotonic() + limit_s
+        for thread, waiting in self.files.values():
+            waiting.put(None)
+            thread.join(max(0.0, until - monotonic()))
 
 
 def json_schema(hint: Any) -> Object:
-    """The JSON schema of a type hint: str int float bool dict list[…] Literal[…] X | None."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return json_schema(inner[0]) | {"description": " ".join(map(str, inner[1:]))}
-    if origin is typing.Literal:
+    """Of bool int float list[…] Literal[…] Annotated[…, "what it is"] X | None; else a string."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is typing.Literal:
         return json_schema(type(inner[0])) | {"enum": list(inner)}
-    if origin in (typing.Union, types.UnionType):
-        return json_schema(next(member for member in inner if member is not type(None)))
-    for kind, python in JSON_TYPES.items():
-        if (origin or hint) is (python[0] if kind == "number" else python):
-            items = {"items": json_schema(inner[0] if inner else str)} if kind == "array" else {}
-            return {"type": kind} | items
-    raise TypeError(f"{hint} has no JSON schema: use str, int, float, bool, list, dict, Literal")
+    if kind in (typing.Annotated, typing.Union, types.UnionType):
+        text = {"description": inner[1]} if kind is typing.Annotated else {}
+        return json_schema(inner[0]) | text
+    items = {"items": json_schema((*inner, str)[0])} if kind is list else {}
+    return {"type": next((name for name in KIND if issubclass(kind, KIND[name])), "string")} | items
 
 
-def tool_schema(tool: Callable[..., Any]) -> Object:
-    """A function as session.update's `tools` wants it. Raises TypeError for what has no schema."""
-    text, hints = inspect.getdoc(tool), typing.get_type_hints(tool, include_extras=True)
-    if not text or not re.fullmatch(r"\w{1,64}", tool.__name__, re.ASCII):
-        raise TypeError(f"tool {tool.__name__}: give it a name of a-z 0-9 _ and a docstring")
-    properties, required = {}, []
-    for name, parameter in inspect.signature(tool).parameters.items():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"tool {tool.__name__}: {parameter} cannot be given by name")
-        if name != "call":  # the call itself: the model neither sees nor gives it
-            properties[name] = json_schema(hints.get(name, str))
-            required += [name] if parameter.default is parameter.empty else []
-    schema = {"type": "object", "properties": properties, "required": required}
-    return {"type": "function", "name": tool.__name__, "description": text, "parameters": schema}
-
-
-def check_arguments(schema: Object, given: Object) -> None:
-    """Raises TypeError, in words that help the model to try again, for what does not fit."""
-    known = schema["properties"]
-    if missing := [name for name in schema["required"] if name not in given]:
-        raise TypeError(f"missing: {', '.join(missing)}")
-    for name, value in given.items():
-        if name not in known:
-            raise TypeError(f"there is no argument {name}; there are: {', '.join(known) or 'none'}")
-        kind, choice = known[name]["type"], known[name].get("enum", [value])
-        is_kind = isinstance(value, JSON_TYPES[kind]) and isinstance(value, bool) == (
-            kind == "boolean"
-        )
-        if not is_kind or value not in choice:
-            raise TypeError(f"{name} must be {kind}, such as {choice}")
+def tool_schema(tool: Any) -> Object:
+    """A function as session.update has it. OpenAI refuses a session with an odd one as a whole."""
+    given = inspect.signature(tool, eval_str=True).parameters
+    properties = {key: json_schema(given[key].annotation) for key in given if key != "call"}
+    required = [key for key in properties if given[key].default is inspect.Parameter.empty]
+    text = {"type": "function", "name": tool.__name__, "description": inspect.getdoc(tool) or ""}
+    return text | {"parameters": {"type": "object", "properties": properties, "required": required}}
 
 
 # ── 6 The way in ────────────────────────────────────────────────────────────────────────────────
@@ -1427,66 +1325,44 @@ def check_arguments(schema: Object, given: Object) -> None:
 # Without an auth token only this computer itself may call.
 
 START_S, TOKEN_S = 5.0, 60  # a stream's `start` comes so soon; a token is good so long
-MAX_RECONNECTS = 3  # of one call
-MAX_PAST, MAX_SEEN = 500, 10_000  # calls that have ended; tokens and webhooks
+MAX_RECONNECTS, MAX_PAST, MAX_SEEN = 3, 500, 10_000  # of a call; past calls; tokens and webhooks
 OVER = ("completed", "busy", "failed", "no-answer", "canceled")  # CallStatus
+ROUTES = ("/", "/health", "/twilio/voice", "/twilio/stream", "/twilio/next")
+HTML, JSON, XML = "text/html; charset=utf-8", "application/json", "text/xml; charset=utf-8"
+CALL_SID, STREAM_SID = re.compile("CA[0-9a-f]{32}"), re.compile("MZ[0-9a-f]{32}")
+NAMED = re.compile("(/twilio/(?:stream|next))/([0-9a-z]+)")  # with the machine that has the call
 E164 = re.compile(r"\+[1-9]\d{6,14}", re.ASCII)
-LOOPBACK = re.compile(
-    r"(.*\.)?localhost|127(\.\d{1,3}){3}|\[?::(1|ffff:127(\.\d{1,3}){3})\]?", re.IGNORECASE
-)
+LOOPBACK = re.compile(r"(?i)\[?((.*\.)?localhost|(::ffff:)?127(\.\d+){3}|::1)\]?(:\d*)?")
+# What proxies and tunnels add; Cloudflare, ngrok, Envoy and AWS among them.
 FORWARDED = re.compile(
-    "forwarded|via|x-(forwarded|original|envoy|amzn?|real)-.*|.*-(client|connecting)-ip"
-    "|(cf|cdn|ngrok)-.*",
-    re.IGNORECASE,
+    "(?i)(x-(forwarded|original|envoy|amzn?)|cf|cdn|ngrok)-.*|forwarded|via|.*-ip"
 )
-ROUTES = {  # path -> methods
-    "/": "GET, HEAD",
-    "/health": "GET, HEAD",
-    "/twilio/voice": "POST, GET",
-    "/twilio/stream": "GET",
-    "/twilio/next": "POST, GET",
-}
 
 
 def twiml(*verbs: str) -> str:
     return f'<?xml version="1.0" encoding="UTF-8"?><Response>{"".join(verbs)}</Response>'
 
 
-HANG_UP = twiml("<Hangup/>")
-
-
 def say(text: str) -> str:
     return twiml(f'<Say language="ja-JP">{escape(text)}</Say><Hangup/>')
 
 
-def is_sid(kind: str, sid: object) -> bool:
-    return isinstance(sid, str) and bool(re.fullmatch(kind + "[0-9a-f]{32}", sid))
+HANG_UP = twiml("<Hangup/>")
 
 
-def header(request: Request, name: str) -> str:
-    """A header's value; "" when it is missing, or sent twice (nobody honest does that)."""
-    values = request.headers.get_all(name)
-    return values[0] if len(values) == 1 else ""
-
-
-class Form(dict[str, list[str]]):
-    """A webhook's pairs. Raises ValueError for more than 200 of them."""
-
-    getlist = dict.__getitem__  # what the twilio package asks a form for
-
-    def __init__(self, text: str) -> None:
-        for name, value in parse_qsl(text, keep_blank_values=True, max_num_fields=200):
-            self.setdefault(name, []).append(value)
-
-    def first(self, name: str) -> str:
-        """As much of it as a <Parameter> (500 characters) and a log can take."""
-        return "".join(filter(str.isprintable, self.get(name, [""])[0]))[:200]
+def reply(twilio: Any, status: int, text: Any, kind: str = "text/plain", **more: str) -> Response:
+    body = text if isinstance(text, bytes) else text.encode()
+    more |= {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+    response: Response = twilio.respond(status, "")
+    response.body = b"" if twilio.request.method == "HEAD" else body
+    for name, value in more.items():
+        response.headers.pop(name, None)  # assigning adds a second one
+        response.headers[name] = value
+    return response
 
 
 @dataclass(slots=True)
-class Past:
-    """A call that has ended, for what comes after it."""
-
+class Past:  # a call that has ended, for what comes after it
     history: dict[str, tuple[str, str]]
     twiml: str  # what /twilio/next responds with; "": it is not the bridge that ended the call
     reconnects: int
@@ -1498,19 +1374,17 @@ class Bridge:
     """What the calls of this process share: the settings, the hooks, and how many there are."""
 
     def __init__(self, settings: Settings, hooks: Hooks) -> None:
-        self.settings, self.hooks = settings, hooks
-        url = urlsplit(settings.openai_realtime_url)
+        self.settings, self.hooks, url = settings, hooks, urlsplit(settings.openai_realtime_url)
         query = {"model": settings.openai_realtime_model} | dict(parse_qsl(url.query))
         self.url, self.model = url._replace(query=urlencode(query)).geturl(), query["model"]
         self.tls = ssl.create_default_context() if url.scheme == "wss" else None
         self.session, self.barge_in_ms = session_update(settings, self.model, hooks.tools)
-        heard = self.session["audio"]["input"]
-        self.transcriber = str((heard.get("transcription") or {}).get("model", ""))
+        transcription = self.session["audio"]["input"].get("transcription") or {}
+        self.transcriber = str(transcription.get("model", ""))
         self.calls: dict[str, Call] = {}  # by CallSid, from the webhook to the last close
         self.past: dict[str, Past] = {}  # by CallSid
-        self.seen: dict[str, None] = {}  # tokens and webhooks that were used
+        self.seen = deque[str](maxlen=MAX_SEEN)  # tokens, and signatures of webhooks
         self.silent: dict[TwilioConnection, asyncio.TimerHandle] = {}  # without a request so far
-        self.closing: set[asyncio.Task[None]] = set()
         self.draining = False  # SIGTERM has come
         tokens = [token.strip() for token in settings.twilio_auth_token.split(",") if token.strip()]
         self.validators = [RequestValidator(token) for token in tokens]
@@ -1518,237 +1392,165 @@ class Bridge:
 
     def connect(self) -> Any:
         key = self.settings.openai_api_key
-        return connect(
-            self.url,
-            create_connection=CONNECTIONS["openai"],
-            additional_headers={"Authorization": f"Bearer {key}"} if key else {},
-            ssl=self.tls,
-            compression=None,  # mu-law does not compress
-            proxy=None,
-            close_timeout=1,  # s
-            ping_interval=5,  # s; a line that is dead without a word is found in 10 s
-            ping_timeout=5,
-            max_size=16 << 20,  # bytes
-        )
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        how: Object = {"ssl": self.tls, "additional_headers": headers, "compression": None}
+        # A line that is dead without a word is found in 10 s; a message has 16 MiB at most.
+        how |= {"ping_interval": 5, "ping_timeout": 5, "close_timeout": 1, "max_size": 16 << 20}
+        return connect(self.url, create_connection=CONNECTIONS["openai"], proxy=None, **how)
 
     def close(self, connection: Wire | None, code: int = 1000) -> None:
-        """Close it; what still comes of it means nothing."""
         if connection:
-            connection.handle = lambda text: None
-            task = asyncio.create_task(connection.close(code))
-            self.closing.add(task)
-            task.add_done_callback(self.closing.discard)
+            connection.shut(code)
 
     # ── Requests ──
 
-    def process_request(self, connection: ServerConnection, request: Request) -> Any:
+    async def process_request(self, twilio: Any, request: Request) -> Response | None:
         """Every request comes here. None lets the stream's upgrade go on."""
-        response = self.route(typing.cast(TwilioConnection, connection), request)
-        if request.method == "HEAD" and isinstance(response, Response):
-            response.body = b""
-        return response
-
-    def route(self, connection: TwilioConnection, request: Request) -> Any:
-        path, _, query = request.path.partition("?")
-        path = path.removeprefix(urlsplit(self.settings.public_base_url).path)
-        path = re.sub("^/twilio/stream/[0-9a-z]+$", "/twilio/stream", path)
-        page, methods = self.hooks.pages.get(path), ROUTES.get(path, "GET, HEAD")
-        if connection.refusal:
-            return connection.respond(*connection.refusal)
-        if machine := self.other_machine(request):
-            response = connection.respond(200, f"machine {machine} has this call\n")
-            response.headers["fly-replay"] = f"prefer_instance={machine}"
-            return response
+        prefix = re.escape(urlsplit(self.settings.public_base_url).path)
+        target = re.sub(f"^{prefix}(?=/)", "", request.path)  # a proxy may strip it, or keep it
+        path, _, query = target.partition("?")
+        here, named = self.settings.fly_machine_id, NAMED.fullmatch(path)
+        path, machine = named.groups() if named else (path, here)
+        page, is_twilio = self.hooks.pages.get(path), path.startswith("/twilio/")
+        methods = "GET, POST" if is_twilio else "GET, HEAD"
+        if twilio.refusal:
+            return reply(twilio, twilio.refusal, HTTPStatus(twilio.refusal).phrase)
         if path not in ROUTES and page is None:
-            return connection.respond(404, "Nothing is here. The webhook is POST /twilio/voice\n")
+            return reply(twilio, 404, "Nothing is here. The webhook is POST /twilio/voice\n")
+        if here and machine != here and "fly-replay-src" not in request.headers:
+            return reply(twilio, 200, "", **{"fly-replay": f"prefer_instance={machine}"})
         if request.method not in methods.split(", "):
-            response = connection.respond(405, f"{path} takes {methods}\n")
-            response.headers["Allow"] = methods
-            return response
+            return reply(twilio, 405, f"{path} takes {methods}\n", Allow=methods)
         if path == "/health":
-            talking = sum(bool(call.stream_sid) for call in self.calls.values())
-            health = {"status": "draining" if self.draining else "ok", "calls": talking}
-            health |= {"waiting": len(self.calls) - talking, "max_calls": self.settings.max_calls}
-            status = 503 if self.draining else 200
-            return reply(connection, json.dumps(health), "application/json", status)
-        if not path.startswith("/twilio/"):
-            if page and not self.validators and not self.not_local(connection, request):
-                return self.page(connection, page, query)
-            text = "This is a telephone. Its pages are for its owner.\n"
-            return connection.respond(200 if path == "/" else 403, text)
+            calls = sum(bool(call.stream_sid) for call in self.calls.values())
+            health = {"status": "draining" if self.draining else "ok", "calls": calls}
+            health |= {"waiting": len(self.calls) - calls, "max_calls": self.settings.max_calls}
+            return reply(twilio, 503 if self.draining else 200, json.dumps(health), JSON)
+        if not is_twilio and (self.validators or page is None):
+            return reply(twilio, 200 if path == "/" else 403, "This is somebody's telephone.\n")
         try:
-            if why := self.not_allowed(connection, request):
-                log.warning("403 for %s %s from %s: %s", request.method, path, connection.peer, why)
-                return connection.respond(403, "This was not verified. The log says what to set.\n")
-            if path == "/twilio/stream":
-                return None
-            form = Form(query if request.method == "GET" else connection.form)
-            if not is_sid("CA", form.first("CallSid")):
-                raise ValueError("CallSid must be CA and 32 of 0-9 a-f")
-        except ValueError as exc:
-            return connection.respond(400, f"That is no form of Twilio's: {exc}\n")
-        xml = self.voice(form, request) if path == "/twilio/voice" else self.next(form, request)
-        return reply(connection, xml, "text/xml; charset=utf-8")
+            form = self.verified(twilio, request, target)
+        except (ValueError, LookupError) as exc:
+            log.warning("403 for %s %s from %s: %r", request.method, path, twilio.peer, str(exc))
+            return reply(twilio, 403, "This was not verified. The log says what to set.\n")
+        if not is_twilio:
+            return await self.page(twilio, page, query)
+        if path == "/twilio/stream":
+            return None
+        if not CALL_SID.fullmatch(form.get("CallSid", "")):
+            return reply(twilio, 400, "CallSid must be CA and 32 of 0-9 a-f\n")
+        next_step = self.voice if path == "/twilio/voice" else self.next
+        return reply(twilio, 200, next_step(form, request), XML)
 
-    async def page(self, connection: ServerConnection, page: Any, query: str) -> Response:
-        """A hook's page: a file, or what a function of the query returns (text: HTML, else JSON)."""
+    async def page(self, twilio: Any, page: Any, query: str) -> Response:
+        """A hook's page: a file, or what a function of the query returns (text: HTML, or JSON)."""
         try:
+            work, kind = page, HTML
             if isinstance(page, Path):
-                kind = mimetypes.guess_type(page.name)[0] or "application/octet-stream"
-                return reply(connection, await self.hooks.in_thread(page.read_bytes), kind)
-            given = [dict(parse_qsl(query))][: len(inspect.signature(page).parameters)]
-            made = await self.hooks.in_thread(page, *given)
+                work, kind = page.read_bytes, mimetypes.guess_type(page.name)[0] or "text/plain"
+            given = [dict(parse_qsl(query))][: len(inspect.signature(work).parameters)]
+            made = await self.hooks.in_thread(work, *given)
             if isinstance(made, (str, bytes)):
-                return reply(connection, made, "text/html; charset=utf-8")
-            return reply(connection, json.dumps(made, ensure_ascii=False), "application/json")
+                return reply(twilio, 200, made, kind)
+            return reply(twilio, 200, json.dumps(made, ensure_ascii=False), JSON)
         except Exception:
             log.exception("a page failed")
-            return connection.respond(500, "This page failed. The log says why.\n")
+            return reply(twilio, 500, "This page failed. The log says why.\n")
 
-    def other_machine(self, request: Request) -> str:
-        """On Fly.io, the machine that has this call, if it is another: the proxy sends it there."""
-        named = re.fullmatch(r".*/twilio/(?:stream/|next\?machine=)([0-9a-z]+)", request.path)
-        elsewhere = named and self.settings.fly_machine_id not in ("", named[1])
-        return named[1] if named and elsewhere and not header(request, "fly-replay-src") else ""
-
-    def not_local(self, connection: TwilioConnection, request: Request) -> str:
-        """Why a request does not come from this computer itself; "" when it does."""
-        if not LOOPBACK.fullmatch(connection.peer):
-            return "it comes from another computer"
-        if forwarded := [name for name in request.headers if FORWARDED.fullmatch(name)]:
-            return f"it came through a proxy or tunnel ({forwarded[0]})"
-        # A page of another site can make a browser here send requests, under a name of its own that
-        # points here as well: its Origin or Host tells.
-        for name in (
-            header(request, "Host"),
-            header(request, "Origin").partition("://")[2] or "localhost",
-        ):
-            if not LOOPBACK.fullmatch(re.sub(r":\d*$", "", name)):
-                return f"its Host or Origin is not this computer ({name[:100]!r})"
-        return "another site sent it" if header(request, "Sec-Fetch-Site") == "cross-site" else ""
-
-    def not_allowed(self, connection: TwilioConnection, request: Request) -> str:
-        """Why a request to /twilio/* is not let in; "" when it is. What costs time comes last."""
-        origin, elsewhere = header(request, "Origin"), self.not_local(connection, request)
-        signature = header(request, "X-Twilio-Signature")
-        if origin and origin.partition("://")[2] != header(request, "Host"):
-            return f"a page of another site sent it ({origin[:100]!r})"
-        if not self.validators:
-            return elsewhere and f"{elsewhere}: set TWILIO_AUTH_TOKEN, and PUBLIC_BASE_URL"
-        if elsewhere and not self.settings.public_base_url:
-            return "PUBLIC_BASE_URL is not set: set it to the https address that Twilio calls"
-        if not signature:
-            return "it has no X-Twilio-Signature: while TWILIO_AUTH_TOKEN is set, only Twilio calls"
-        urls, form = self.signed_urls(request), Form(connection.form)
-        for url in urls:
-            for validator in self.validators:
-                wanted = validator.compute_signature(url, form)
-                if hmac.compare_digest(wanted.encode(), signature.encode()):
-                    return ""
-        return (
-            f"its signature is not that of {urls[0].partition('?')[0]!r}: TWILIO_AUTH_TOKEN must be "
-            "the account's primary token, and PUBLIC_BASE_URL the address on the number's page"
-        )
-
-    def base(self, request: Request) -> str:
-        """Where Twilio reaches this server: a stranger's header proves nothing."""
-        return self.settings.public_base_url or "https://" + header(request, "Host")
-
-    def signed_urls(self, request: Request) -> list[str]:
-        """What Twilio may have signed: the URL with and without its port, wss for a stream."""
-        url = urlsplit(self.base(request))
-        path = request.path if request.path.startswith(url.path + "/") else url.path + request.path
-        scheme = "wss" if "/twilio/stream" in path else "https"
-        name = url.netloc.removesuffix(f":{url.port}")
-        names = dict.fromkeys((url.netloc, name, f"{name}:443"))
-        schemes = (
-            [scheme]
-            if self.settings.public_base_url
-            else [scheme, "ws" if scheme == "wss" else "http"]
-        )
-        return [f"{scheme}://{netloc}{path}" for scheme in schemes for netloc in names]
+    def verified(self, twilio: Any, request: Request, target: str) -> dict[str, str]:
+        """The form of a request that is let in. An exception says why it is not."""
+        get, base = request.headers.get, urlsplit(self.address(request))
+        host, origin, signature = get("Host", ""), get("Origin"), get("X-Twilio-Signature", "")
+        # A browser on this computer may be sent here by a page of another site: three headers tell.
+        strange = [it for it in (twilio.peer, host) if not LOOPBACK.fullmatch(it)]
+        strange += [it for it in request.headers if FORWARDED.fullmatch(it)]
+        strange += ["another site"] if get("Sec-Fetch-Site") == "cross-site" else []
+        if origin and origin.partition("://")[2] != host:
+            raise ValueError(f"a page of another site sent it ({origin[:100]})")
+        if strange and not (self.validators and self.settings.public_base_url):
+            raise ValueError(f"set TWILIO_AUTH_TOKEN and PUBLIC_BASE_URL (seen: {strange[0][:99]})")
+        if self.validators and not signature:
+            raise ValueError("TWILIO_AUTH_TOKEN is set, and it has no X-Twilio-Signature")
+        query = target.partition("?")[2]
+        pairs = parse_qsl(twilio.form or query, keep_blank_values=True, max_num_fields=200)
+        if self.validators:  # what is signed: the URL, with its port or without, and sorted pairs
+            signed = target + "".join(map("".join, sorted(set(pairs)) if twilio.form else ()))
+            scheme, host = "wss" if "/stream" in target else "https", base.netloc.split(":")[0]
+            how = get_signature_algorithm(get("X-Twilio-Webhooks-Signature-Settings"))
+            hosts = {base.netloc, host, f"{host}:443"}
+            urls = [f"{scheme}://{it}{base.path}{signed}" for it in hosts]
+            valid = [it.compute_signature(url, {}, how) for it in self.validators for url in urls]
+            if not any(hmac.compare_digest(it.encode(), signature.encode()) for it in valid):
+                raise ValueError(f"TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL ({base.netloc}) is another")
+        # As much of each as a <Parameter> (500 characters) and a log can take.
+        return {name: "".join(filter(str.isprintable, it))[:200] for name, it in pairs}
 
     # ── TwiML ──
 
-    def voice(self, form: Form, request: Request) -> str:
+    def address(self, request: Request, route: str = "") -> str:
+        """Where Twilio reaches us. Without a setting that is where this computer did."""
+        base, here = self.settings.public_base_url, self.settings.fly_machine_id
+        base = base or "https://" + request.headers.get("Host", "")
+        return base + (route and f"/twilio/{route}" + (here and f"/{here}"))
+
+    def voice(self, form: dict[str, str], request: Request) -> str:
         """The webhook of a new call. Twilio may deliver it twice."""
-        sid, key = form.first("CallSid"), "webhook " + header(request, "X-Twilio-Signature")
-        if form.first("CallStatus") in OVER:
-            log.warning(
-                "a call that is over: /twilio/voice is no status callback", extra={"call": sid}
-            )
+        sid, signature = form["CallSid"], request.headers.get("X-Twilio-Signature", "")
+        if form.get("CallStatus") in OVER:
+            log.warning("/twilio/voice is no status callback", extra={"call": sid})
             return twiml()
-        if sid not in self.calls:
-            if self.validators and key in self.seen:  # the same webhook again, after its call
-                return self.next(form, request)
-            if refusal := self.no_room():
-                return refusal
-            greeting = self.settings.greeting
-            self.begin(
-                sid, form.first("From"), form.first("To"), request, greeting and GREET + greeting
-            )
-        keep_latest(self.seen, key, None, MAX_SEEN)
-        return self.stream(form, request)
+        if sid in self.calls:
+            return self.stream(form, request)
+        if signature and signature in self.seen:  # the same webhook again, after its call
+            return self.next(form, request)
+        return self.begin(form, request)
 
-    def begin(self, sid: str, caller: str, called: str, request: Request, opening: str) -> Call:
-        """A call, whose model is connected now. `opening` tells it how to begin."""
-        self.past.pop(sid, None)
-        call = self.calls[sid] = Call(self, sid, caller, called, self.next_url(request))
-        if opening:
-            call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
-        return call
-
-    def next_url(self, request: Request) -> str:
-        machine = self.settings.fly_machine_id
-        return f"{self.base(request)}/twilio/next" + (machine and f"?machine={machine}")
-
-    def stream(self, form: Form, request: Request) -> str:
-        machine, sid = self.settings.fly_machine_id, form.first("CallSid")
-        url = "wss" + self.base(request)[5:] + "/twilio/stream" + (machine and f"/{machine}")
-        # Twilio drops a query, but brings these back with `start`.
-        given = {"token": self.token(sid), "from": form.first("From"), "to": form.first("To")}
-        return twiml(
-            f"<Connect><Stream url={quoteattr(url)}>",
-            *(f'<Parameter name="{name}" value={quoteattr(it)}/>' for name, it in given.items()),
-            f'</Stream></Connect><Redirect method="POST">{escape(self.next_url(request))}</Redirect>',
-        )
-
-    def next(self, form: Form, request: Request) -> str:
+    def next(self, form: dict[str, str], request: Request) -> str:
         """What Twilio does when a stream, or the <Dial> of a transfer, has ended."""
-        sid, dialled = form.first("CallSid"), form.first("DialCallStatus")
+        sid, dialled = form["CallSid"], form.get("DialCallStatus")
         if (call := self.calls.get(sid)) and not call.over.done():
-            if not call.stream_sid:  # it never came
-                call.end("no stream came", say(APOLOGY))
             call.end("twilio lost")
-        past = self.past.get(sid)
-        if past:
+        if past := self.past.get(sid):
             past.asked = True
             if past.twiml and not (dialled and "<Dial" in past.twiml):
                 return past.twiml
             if past.reconnects >= MAX_RECONNECTS:
                 return say(APOLOGY)
-        if dialled == "completed" or form.first("CallStatus") in OVER:
+        if dialled == "completed" or form.get("CallStatus", "in-progress") != "in-progress":
             return HANG_UP
-        if refusal := self.no_room():
-            return refusal
-        opening = LINE_IS_BACK + (GO_ON if past else SAY_AGAIN)
-        if dialled:
-            opening = NOT_REACHED.format(dialled)
-        call = self.begin(sid, form.first("From"), form.first("To"), request, opening)
-        if past:
+        back = LINE_IS_BACK + (GO_ON if past else SAY_AGAIN)
+        return self.begin(form, request, NOT_REACHED.format(dialled) if dialled else back)
+
+    def begin(self, form: Mapping[str, str], request: Request, opening: str = "") -> str:
+        """Begin a call, whose model is connected now, if there is room."""
+        sid, greeting, most = form["CallSid"], self.settings.greeting, self.settings.max_calls
+        if self.draining or len(self.calls) >= most:
+            log.warning("a caller is turned away: stopping, or MAX_CALLS (%d) are there", most)
+            return say(RESTARTING if self.draining else BUSY)
+        caller, called = form.get("From", ""), form.get("To", "")
+        call = self.calls[sid] = Call(self, sid, caller, called, self.address(request, "next"))
+        if past := self.past.pop(sid, None):
             call.history, call.reconnects = past.history, past.reconnects + 1
-        call.log.info("connected again: the stream was lost, or nobody answered a transfer")
+            call.log.info("connected again: the stream was lost, or nobody answered a transfer")
+        if opening := opening or (greeting and GREET + greeting):
+            call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
         return self.stream(form, request)
 
-    def no_room(self) -> str:
-        """What a further caller hears instead; "" when there is room."""
-        if self.draining or len(self.calls) < self.settings.max_calls:
-            return say(RESTARTING) if self.draining else ""
-        log.warning("a caller hears that all lines are busy: MAX_CALLS is %d", len(self.calls))
-        return say(BUSY)
+    def stream(self, form: Mapping[str, str], request: Request) -> str:
+        self.seen.append(request.headers.get("X-Twilio-Signature", ""))
+        url = self.address(request, "stream").replace("https", "wss", 1)
+        # Twilio drops a query, but brings these back with `start`.
+        given = {"token": self.token(form["CallSid"])}
+        given |= {name: form.get(name, "") for name in ("From", "To")}
+        more = [f'<Parameter name="{it}" value={quoteattr(given[it])}/>' for it in given]
+        after = f'<Redirect method="POST">{escape(self.address(request, "next"))}</Redirect>'
+        return twiml(f"<Connect><Stream url={quoteattr(url)}>", *more, "</Stream></Connect>", after)
 
     def ended(self, call: Call, twiml: str) -> None:
-        keep_latest(self.past, call.sid, Past(call.history, twiml, call.reconnects), MAX_PAST)
+        twiml = twiml or ("" if call.stream_sid else say(APOLOGY))  # no stream came
+        self.past[call.sid] = Past(call.history, twiml, call.reconnects)
+        if len(self.past) > MAX_PAST:
+            del self.past[next(iter(self.past))]
 
     # ── The stream ──
 
@@ -1757,139 +1559,88 @@ class Bridge:
         about = about or f"{int(time.time()) + TOKEN_S}.{secrets.token_hex(8)}"
         return f"{about}." + hmac.digest(self.secret, f"{sid} {about}".encode(), "sha256").hex()
 
-    def use_token(self, token: str, sid: str) -> bool:
-        """Made here (or on another machine of ours) for this CallSid, not expired, not used."""
-        parts = re.fullmatch(r"((\d{1,12})\.[0-9a-f]{16})\.[0-9a-f]{64}", token, re.ASCII)
-        if not parts or not hmac.compare_digest(self.token(sid, parts[1]), token):
-            return False
-        new = token not in self.seen and int(parts[2]) >= time.time()
-        keep_latest(self.seen, token, None, MAX_SEEN)
-        return new
-
-    async def take_stream(self, connection: ServerConnection) -> None:
+    async def take_stream(self, twilio: Any) -> None:
         """A stream whose handshake was let in: its `start`, then the call, until it ends."""
-        twilio = typing.cast(TwilioConnection, connection)
-        try:
-            async with asyncio.timeout(START_S) as patience:
-                twilio.handle = lambda text: self.first_message(twilio, patience, text)
-                await twilio.read()
-        except TimeoutError:
-            log.warning("a stream from %s sent no start in %g s: closed", twilio.peer, START_S)
-            await twilio.close(1008)  # policy violation
+        timer = twilio.loop.call_later(START_S, self.close, twilio, 1008)  # policy violation
+        twilio.handle = functools.partial(self.first_message, twilio, timer)
+        await twilio.read()
+        timer.cancel()
         if call := twilio.call:
             normal = twilio.close_code in (1000, 1001, 1005)  # closed, going away, without a word
             call.end("caller hung up" if normal else "twilio lost")
             await asyncio.wait([call.life])
 
-    def first_message(self, twilio: TwilioConnection, patience: asyncio.Timeout, text: str) -> None:
-        """`connected`, then `start`, which must bring the token."""
-        message = json.loads(text)
-        if message["event"] == "start":
-            patience.reschedule(None)
-            try:
-                why = self.claim(twilio, message["start"])
-            except (LookupError, TypeError, AttributeError) as exc:
-                why = f"it is no start of Twilio's ({exc!r:.60})"
-            if why:
-                log.warning("a stream from %s was refused: %s", twilio.peer, why)
-                self.close(twilio, 1008)
-
-    def claim(self, twilio: TwilioConnection, start: Object) -> str:
-        """Join a stream to its call. Returns why not."""
-        sid, stream_sid, given = start["callSid"], start["streamSid"], start["customParameters"]
-        if not (is_sid("CA", sid) and is_sid("MZ", stream_sid)):
-            return "its identifiers are none of Twilio's"
-        if not self.use_token(given["token"], sid):
-            return "it brought no valid token for its call"
+    def first_message(self, twilio: TwilioConnection, timer: Any, text: str) -> None:
+        """`connected`, then `start`. What raises here closes the stream."""
+        if (message := json.loads(text))["event"] != "start":
+            return
+        start = message["start"]
+        sid, given, token = start["callSid"], start["customParameters"], ""
+        if CALL_SID.fullmatch(sid) and STREAM_SID.fullmatch(start["streamSid"]):
+            token = given["token"]
+        about = token.rpartition(".")[0]
+        real = hmac.compare_digest(self.token(sid, about).encode(), token.encode())
+        if not real or token in self.seen or int(about.partition(".")[0]) < time.time():
+            raise ValueError("a stream without a valid token of its call")
+        self.seen.append(token)
         call = self.calls.get(sid)
-        if call is None or call.over.done():  # redirected to the webhook; or another machine had it
-            if refusal := self.no_room():
-                keep_latest(self.past, sid, Past({}, refusal, 0), MAX_PAST)
-                return "there is no room"
-            assert twilio.request
-            history = self.past[sid].history if sid in self.past else {}
-            greeting = self.settings.greeting
-            call = self.begin(
-                sid,
-                str(given.get("from")),
-                str(given.get("to")),
-                twilio.request,
-                greeting and GREET + greeting,
-            )
-            call.history = history
-        elif call.stream_sid:
-            return "its call has a stream already"
-        twilio.call = call
-        call.open_stream(twilio, stream_sid)
-        return ""
-
-
-def keep_latest(memory: dict[str, Any], key: str, value: Any, most: int) -> None:
-    memory.pop(key, None)
-    memory[key] = value
-    if len(memory) > most:
-        del memory[next(iter(memory))]
-
-
-def reply(
-    connection: ServerConnection, body: str | bytes, kind: str, status: int = 200
-) -> Response:
-    response = connection.respond(status, "")
-    response.body = body.encode() if isinstance(body, str) else body
-    for name in ("Content-Type", "Content-Length"):
-        del response.headers[name]  # assigning adds a second one
-    response.headers["Content-Type"] = kind
-    response.headers["Content-Length"] = str(len(response.body))
-    response.headers["Cache-Control"] = "no-store"
-    return response
+        if not call or call.over.done():  # redirected to the webhook; or another machine had it
+            self.begin({**given, "CallSid": sid}, typing.cast(Request, twilio.request))
+            call = self.calls.get(sid)
+        if not call or call.over.done() or call.stream_sid:
+            raise ValueError("a stream for which there is no room, or whose call has one already")
+        timer.cancel()
+        twilio.call, twilio.most_unreadable = call, MAX_UNREADABLE
+        call.open_stream(twilio, start["streamSid"])
 
 
 # ── Connections ──
 
-MAX_UNSENT = 4 << 20  # bytes that the other side has not read: some 6 minutes of speech
-MAX_UNREADABLE = 50  # messages
-MAX_HEAD, MAX_FORM = 16 << 10, 64 << 10  # bytes of a request's head and body
+MAX_UNSENT, MAX_UNREADABLE = 4 << 20, 50  # bytes: some 6 minutes of speech; messages
 REQUEST_S, MAX_SILENT = 5.0, 200  # a request is complete so soon; connections without one
-# RFC 9112: each line in one way only, so that no head makes the pattern try others.
-HEAD = re.compile(
-    rb"[A-Z]+ [!-~]+ HTTP/1\.[01](\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*)*"
-)
+MAX_HEAD, MAX_FORM = 16 << 10, 64 << 10  # bytes of a request's head and body
+LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([^\r\n]*?)[ \t]*(?=\r|$)")
 
 
 class Wire(Connection):
     """A connection as a call uses it: what comes goes to `handle`, and `put` never waits."""
 
     handle: Callable[[str], object]
-    unreadable = 0
+    closing: asyncio.Task[None]
+    unreadable, most_unreadable = 0, MAX_UNREADABLE
 
     async def read(self) -> None:
         """Hand on each message, until the connection is closed."""
         with contextlib.suppress(ConnectionClosed):
-            async for text in self:
-                self.attempt(typing.cast(str, text))
+            async for message in self:
+                self.attempt(message)
 
-    def attempt(self, text: str) -> None:
+    def attempt(self, message: str | bytes) -> None:
         try:
-            self.handle(text)
+            self.handle(message if isinstance(message, str) else message.decode())
         except Exception as exc:  # not what the protocol says, or a fault of ours: the call goes on
             self.unreadable += 1
-            log.warning("%s: a message could not be handled: %.200r", type(self).__name__, exc)
-            if self.unreadable == MAX_UNREADABLE:
-                log.error("%s: %d of them: closed", type(self).__name__, MAX_UNREADABLE)
-                self.transport.close()
+            log.warning("%s: bad message %d: %.200r", type(self).__name__, self.unreadable, exc)
+            if self.unreadable >= self.most_unreadable:
+                self.shut(1008)  # policy violation
+
+    def shut(self, code: int) -> None:
+        """Close it; what still comes of it means nothing."""
+        self.handle = lambda text: None
+        self.closing = asyncio.create_task(self.close(code))
 
     def put(self, text: str) -> None:
         broadcast([self], text)  # writes at once; does nothing on a closed connection
         self.check_unsent()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.check_unsent()  # pongs may pile up as well
+
     def check_unsent(self) -> None:
         if self.transport.get_write_buffer_size() > MAX_UNSENT:
             log.error("%s has stopped reading: closed", type(self).__name__)
             self.transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self.check_unsent()  # pongs may pile up as well
 
 
 class OpenAIConnection(Wire, ClientConnection):
@@ -1897,83 +1648,60 @@ class OpenAIConnection(Wire, ClientConnection):
 
 
 class TwilioConnection(Wire, ServerConnection):
-    """Twilio's side: an HTTP request, or the media stream that it becomes.
-
-    websockets parses only requests without a body, and a webhook's POST has one. So bytes are kept
-    until head and body are complete; then websockets gets the head without what announces the body.
-    For a request that it would drop without a word it gets another one, which `route` refuses.
-    """
-
+    # A webhook's POST has a body, and websockets takes only requests without one. So both are kept
+    # here, and websockets gets the head without its Content-Length. What it would drop without a
+    # word becomes a request that `process_request` refuses.
     call: Call | None = None
-    form, refusal = "", None  # the body; status and text
+    form, refusal, peer = "", 0, ""  # the body; an HTTP status; an IP address
+    most_unreadable = 1  # before `start`
 
     def __init__(self, *arguments: Any, silent: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.silent, self.head, self.length = silent, b"", 0
-        self.unread: bytearray | None = bytearray()  # None: websockets has the request
-
-    @property
-    def peer(self) -> str:
-        """The address at the other end; behind a proxy or tunnel that of the proxy."""
-        return str((self.remote_address or ("?",))[0])
+        self.silent, self.unread = silent, bytearray()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        refusal = (408, f"no request in {REQUEST_S:g} s\n")
-        self.silent[self] = self.loop.call_later(REQUEST_S, self.hand_on, refusal)
+        self.peer = str((self.remote_address or "?")[0])
+        self.silent[self] = self.loop.call_later(REQUEST_S, self.hand_on, 408)
         if len(self.silent) > MAX_SILENT:
-            next(iter(self.silent)).transport.abort()
+            oldest = next(iter(self.silent))
+            self.silent.pop(oldest).cancel()
+            oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self.unread is None:
-            super().data_received(data)
+        if self not in self.silent:  # websockets has the request
+            if self.state is not State.CONNECTING:  # nobody may say more before our response
+                super().data_received(data)
             return
         self.unread += data
-        if not self.head:
-            head, blank, body = self.unread.partition(b"\r\n\r\n")
-            if len(head) > MAX_HEAD:
-                self.hand_on((431, f"a head may have {MAX_HEAD} bytes\n"))
-            elif blank:
-                self.unread = body
-                self.read_head(bytes(head))
-        if self.head and self.unread is not None and len(self.unread) >= self.length:
-            self.form = self.unread[: self.length].decode("utf-8", "replace")
-            self.hand_on()
+        head, blank, body = self.unread.partition(b"\r\n\r\n")
+        lengths = LENGTH.findall(head) or [b"0"]
+        if len(head) > MAX_HEAD:
+            self.hand_on(431)
+        elif not blank:
+            return
+        elif b"\r\ntransfer-encoding:" in head.lower():
+            self.hand_on(411)
+        elif len(lengths) > 1 or not lengths[0].isdigit():
+            self.hand_on(400)
+        elif (size := int(lengths[0][:9])) > MAX_FORM:
+            self.hand_on(413)
+        elif len(body) >= size:
+            self.form, probe = body[:size].decode("utf-8", "replace"), ServerProtocol()
+            probe.receive_data(plain := bytes(LENGTH.sub(b"", head) + blank))
+            self.hand_on(0 if probe.events_received() else 400, plain)
+        elif not body and b"\r\nexpect: 100-continue" in head.lower():
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def read_head(self, head: bytes) -> None:
-        lines = head.split(b"\r\n")
-        given = [
-            (name.lower(), value.strip())
-            for name, _, value in (line.partition(b":") for line in lines[1:])
-        ]
-        lengths = {value for name, value in given if name == b"content-length"} or {b"0"}
-        length = lengths.pop()
-        if not HEAD.fullmatch(head):
-            self.hand_on((400, "that is no well-formed request\n"))
-        elif any(name == b"transfer-encoding" for name, _ in given):
-            self.hand_on((411, "send a Content-Length instead of a Transfer-Encoding\n"))
-        elif lengths or not re.fullmatch(rb"\d{1,18}", length):
-            self.hand_on((400, "Content-Length is not one number\n"))
-        elif int(length) > MAX_FORM:
-            self.hand_on((413, f"a form may have {MAX_FORM} bytes\n"))
-        else:
-            kept = [line for line in lines if not line.lower().startswith(b"content-length:")]
-            self.head, self.length = b"\r\n".join([*kept, b"", b""]), int(length)
-            if (b"expect", b"100-continue") in given:
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def hand_on(self, refusal: tuple[int, str] | None = None) -> None:
+    def hand_on(self, refusal: int, head: bytes = b"") -> None:
         """websockets gets the request, or one to refuse."""
-        self.refusal, self.unread = refusal, None
-        self.shown()
-        super().data_received(b"GET / HTTP/1.1\r\n\r\n" if refusal else self.head)
-
-    def shown(self) -> None:
-        if timer := self.silent.pop(self, None):
-            timer.cancel()
+        self.silent.pop(self).cancel()
+        self.refusal = refusal
+        super().data_received(b"GET / HTTP/1.1\r\n\r\n" if refusal else head)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.shown()
+        if timer := self.silent.pop(self, None):
+            timer.cancel()
         super().connection_lost(exc)
 
 
@@ -1982,136 +1710,118 @@ CONNECTIONS: Object = {"twilio": TwilioConnection, "openai": OpenAIConnection}  
 # ── 7 Start and stop ────────────────────────────────────────────────────────────────────────────
 
 MAY_BE_EMPTY = {"greeting", "transcription_model", "hooks"}  # there an empty value is a choice
-RANGES = {"port": (1, 65535), "max_calls": (1, 100_000), "barge_in_ms": (0, 10_000)}
-RANGES |= {"max_call_seconds": (1, 86_400), "drain_seconds": (0, 86_400)}
-HOST = r"[^/:?#@\s]+(:([1-9]\d{0,3}|[1-5]\d{4}|6[0-5]{2}[0-3]\d))?"
-RULES = {  # -> what it must look like, and how to give it
-    "public_base_url": (
-        rf"https://{HOST}(?!.*/(twilio|health)(/|$))(/[^?#\s]*)?",
-        "an https address such as https://my-app.fly.dev, without a route of ours",
-    ),
-    "openai_realtime_url": (
-        rf"wss?://{HOST}([/?](?!.*model=gpt-live)[^#\s]*)?",
-        "an address such as wss://api.openai.com/v1/realtime, without a key or user in it",
-    ),
-    "openai_realtime_model": (
-        "(?!gpt-live).*",
-        "one such as gpt-realtime-2.1: GPT-Live speaks another protocol",
-    ),
-    "openai_api_key": (
-        "[!-~]*",
-        "one from https://platform.openai.com/api-keys, copied as a whole",
-    ),
+PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
+HOST = rf"[^/:?#@\s]+(:{PORT})?"
+RULES = {  # -> a pattern of what is right, and what to give
+    "openai_api_key": ("[!-~]*", "one of https://platform.openai.com/api-keys"),
+    "public_base_url": (rf"https://{HOST}(?!.*/(twilio|health)(/|$))(/[^?#\s]*)?", "https://HOST"),
+    "openai_realtime_url": (rf"wss?://{HOST}([/?](?!.*model=gpt-live)[^#\s]*)?", "wss://HOST/PATH"),
+    "openai_realtime_model": ("(?!gpt-live).*", "another: GPT-Live speaks another protocol"),
+    "port": (PORT, "a number from 1 to 65535"),
+    "barge_in_ms": (r"\d{1,4}(\.\d+)?|off", "a number from 0 to 9999, or off"),
+    "max_calls": (r"[1-9]\d{0,4}", "a number from 1 to 99999"),
+    "max_call_seconds": (r"[1-9]\d{0,4}(\.\d+)?", "a number from 1 to 99999"),
+    "drain_seconds": (r"\d{1,5}(\.\d+)?", "a number from 0 to 99999"),
 }
-SECRET = {"openai_api_key", "openai_realtime_url", "twilio_auth_token"}
-DRAIN_GOODBYE_S, STOP_S, NEXT_S = 30.0, 1.5, 2.0  # the last words; the last closes; /twilio/next
+DRAIN_GOODBYE_S, STOP_S, NEXT_S = 30.0, 2.4, 2.0  # the last words; the last closes; /twilio/next
 
 
 def read_dotenv(path: Path) -> None:
     """NAME=value lines, with quotes and # comments; what the environment has already wins."""
-    line = re.compile(r"""\s*(?:export\s+)?(\w+)\s*=\s*("[^"]*"|'[^']*'|[^#]*?)\s*(?:\s#.*)?""")
-    for text in path.read_text("utf-8-sig").splitlines() if path.is_file() else []:
-        if found := line.fullmatch(text):
-            value = found[2]
-            os.environ.setdefault(found[1], value[1:-1] if value[:1] in ("'", '"') else value)
+    line = r"""(?m)^ *(?:export +)?(\w+) *= *(?:"([^"\n]*)"|'([^'\n]*)'|(.*?)) *(?:(?<= )#.*)?$"""
+    for name, *value in re.findall(line, path.read_text("utf-8-sig") if path.is_file() else ""):
+        os.environ.setdefault(name, "".join(value))
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
     """The settings. Raises ValueError: one line with the variable, the value's fault, the fix."""
-    chosen: Object = {}
+    chosen: Object = {"session": "{}"}
+    if env.get("FLY_APP_NAME"):
+        chosen["public_base_url"] = f"https://{env['FLY_APP_NAME']}.fly.dev"
     for setting in fields(Settings):
         key, name = setting.name, setting.name.upper()
-        text = env.get(name, "").strip()
-        if not text and not (name in env and key in MAY_BE_EMPTY):
-            continue
-        shown, chosen[key] = "wrong" if key in SECRET else repr(text), text
-        if key == "session":
-            try:
-                chosen[key] = json.loads(text)
-            except ValueError as exc:
-                raise ValueError(
-                    f"{name} is no JSON ({exc}): give an object such as {{}}"
-                ) from None
-            if not isinstance(chosen[key], dict):
-                raise ValueError(f"{name} is {shown}: give a JSON object such as {{}}")
-        elif key in RANGES:
-            low, high = RANGES[key]
-            try:
-                kind = int if isinstance(setting.default, int) else float
-                chosen[key] = math.inf if text == "off" else kind(text)
-            except ValueError:
-                chosen[key] = math.nan
-            if not (low <= chosen[key] <= high or (key == "barge_in_ms" and text == "off")):
-                raise ValueError(f"{name} is {shown}: give a number from {low} to {high}")
-        elif key in RULES and not re.fullmatch(RULES[key][0], text):
-            raise ValueError(f"{name} is {shown}: give {RULES[key][1]}")
-    if env.get("FLY_APP_NAME"):
-        chosen.setdefault("public_base_url", f"https://{env['FLY_APP_NAME']}.fly.dev")
-    settings = replace(
-        Settings(**chosen), public_base_url=chosen.get("public_base_url", "").rstrip("/")
-    )
+        text, (pattern, give) = env.get(name, "").strip(), RULES.get(key, ("(?s).*", ""))
+        if not re.fullmatch(pattern, text) and text:
+            shown = "wrong" if key.startswith("openai") else repr(text)
+            raise ValueError(f"{name} is {shown}: give {give}")
+        if isinstance(setting.default, int | float) and text:
+            chosen[key] = type(setting.default)(text.replace("off", "inf"))
+        elif text or (key in MAY_BE_EMPTY and name in env):
+            chosen[key] = text.rstrip("/") if key == "public_base_url" else text
+        elif name not in env and (near := difflib.get_close_matches(name, env, 1, 0.88)):
+            log.warning("%s is no setting: is %s meant?", near[0], name)
     try:
-        audio = session_update(settings, "", [])[0]["audio"]
-        formats = [audio[way]["format"] for way in ("input", "output")]
-    except (LookupError, TypeError, AttributeError):
-        formats = []
-    if formats != [{"type": "audio/pcmu"}] * 2:
-        raise ValueError("SESSION changes the audio's format: a telephone speaks audio/pcmu only")
-    return settings
+        chosen["session"] = json.loads(chosen["session"])
+        audio = session_update(Settings(**chosen), "", [])[0]["audio"]
+        if {audio[way]["format"]["type"] for way in ("input", "output")} != {"audio/pcmu"}:
+            raise ValueError("a telephone speaks audio/pcmu only")
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise ValueError(f"SESSION is wrong ({exc}): give a JSON object such as {{}}") from None
+    return Settings(**chosen)
 
 
-class LogQueue(logging.handlers.QueueHandler):
-    """Hands log lines to a thread that writes them: no call waits for who reads standard error."""
+class LogWriter(logging.Handler):
+    """Hands log lines to a thread, so that no call waits for who reads standard error."""
 
-    dropped = 0
+    waiting, dropped = queue.SimpleQueue[Any](), 0
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        try:
-            if self.dropped:
-                record.msg = f"{record.msg}\n({self.dropped} log lines before this were dropped)"
-            self.queue.put_nowait(record)
-            self.dropped = 0
-        except queue.Full:
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.waiting.qsize() < MAX_WAITING:
+            self.waiting.put(record)
+        else:
             self.dropped += 1
+
+    def write(self) -> None:
+        for record in iter(self.waiting.get, None):
+            try:
+                os.write(2, f"{self.format(record)}\n".encode(errors="backslashreplace"))
+            except Exception:
+                self.handleError(record)
+            if self.dropped and self.waiting.empty():
+                log.warning("%d log lines were dropped: nobody read them", self.dropped)
+                self.dropped = 0
 
 
 async def drain(bridge: Bridge, signals: list[int]) -> None:
     """Let the calls end by themselves, then end them; a second signal ends them now."""
 
-    async def wait(limit_s: float, waits: Callable[[], object], patience: int = 1) -> None:
+    async def wait(limit_s: float, waits: Callable[[], object], most_signals: int = 1) -> None:
         until = monotonic() + limit_s
-        while waits() and monotonic() < until and len(signals) <= patience:
+        while waits() and monotonic() < until and len(signals) <= most_signals:
             await asyncio.sleep(0.05)  # noqa: ASYNC110 - there is no one event to wait for
 
-    def each(act: Callable[[Call], None], which: Callable[[Call], object] = bool) -> None:
-        for call in filter(which, list(bridge.calls.values())):
-            act(call)
+    def unasked() -> bool:  # Twilio is still to ask what is next
+        ended = [past for past in bridge.past.values() if monotonic() - past.ended_at < NEXT_S]
+        return any(past.twiml and not past.asked for past in ended)
 
     end = functools.partial(Call.end, reason="shutdown", twiml=say(RESTARTING))
-    each(end, lambda call: not call.stream_sid)
+    for call in [call for call in bridge.calls.values() if not call.stream_sid]:
+        end(call)
     await wait(bridge.settings.drain_seconds, lambda: bridge.calls)
-    each(lambda call: call.end_when_heard("shutdown", say(RESTARTING), final=True))
+    for call in bridge.calls.values():
+        call.end_when_heard("shutdown", say(RESTARTING), final=True)
     await wait(DRAIN_GOODBYE_S, lambda: bridge.calls)
-    each(end)
-    await wait(STOP_S, lambda: bridge.calls, patience=2)
-    unasked = [
-        past for past in bridge.past.values() if past.twiml and monotonic() - past.ended_at < NEXT_S
-    ]
-    await wait(NEXT_S, lambda: not all(past.asked for past in unasked))
+    for call in list(bridge.calls.values()):
+        end(call)
+    await wait(STOP_S, lambda: bridge.calls, most_signals=2)
+    await wait(NEXT_S, unasked)
 
 
-async def run(settings: Settings, hooks: Hooks) -> int:
-    if not settings.openai_api_key and settings.openai_realtime_url == Settings.openai_realtime_url:
-        if hooks.offline is None:
-            text = (
-                "get one at https://platform.openai.com/api-keys, or copy hooks/offline.py as well"
+async def run(settings: Settings, hooks: Hooks) -> None:
+    if settings.openai_realtime_url == Settings.openai_realtime_url and not settings.openai_api_key:
+        if not hooks.offline:
+            raise ValueError(
+                "OPENAI_API_KEY is not set: give one, or copy hooks/offline.py as well"
             )
-            print(f"bridge.py: OPENAI_API_KEY is not set: {text}", file=sys.stderr)
-            return 2
         url = await hooks.offline()
         settings = replace(settings, openai_realtime_url=url, openai_realtime_model="offline-model")
-    bridge, signals, loop = Bridge(settings, hooks), list[int](), asyncio.get_running_loop()
-    stop = asyncio.Event()
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        resource: Any = importlib.import_module("resource")
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sslproto.SSLProtocol.max_size = 32 << 10  # bytes that a TLS connection sets aside; was 256 KiB
+    bridge, signals, stop = Bridge(settings, hooks), list[int](), asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     def on_signal(number: int, _: object) -> None:
         signals.append(number)
@@ -2121,80 +1831,60 @@ async def run(settings: Settings, hooks: Hooks) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)  # not the loop's own way: Windows has none
-    try:
-        server = await serve(
-            bridge.take_stream,
-            settings.host or None,
-            settings.port,
-            process_request=bridge.process_request,
-            create_connection=typing.cast(
-                Any, functools.partial(CONNECTIONS["twilio"], silent=bridge.silent)
-            ),
-            compression=None,  # Twilio never offers it
-            max_size=64 << 10,  # bytes; a media message has some 400
-            open_timeout=2 * REQUEST_S,
-            close_timeout=1,
-        )
-    except (OSError, UnicodeError) as exc:
-        where = f"HOST {settings.host!r}, PORT {settings.port}"
-        print(f"bridge.py: cannot listen at {where} ({exc}): give free ones", file=sys.stderr)
-        return 1
-    async with server:
+    way: Object = {"process_request": bridge.process_request, "compression": None}
+    way["create_connection"] = functools.partial(CONNECTIONS["twilio"], silent=bridge.silent)
+    way |= {"open_timeout": 2 * REQUEST_S, "close_timeout": 1, "max_size": 64 << 10}  # s, s, bytes
+    async with serve(bridge.take_stream, settings.host or None, settings.port, **way):
         base = settings.public_base_url or f"http://localhost:{settings.port}"
         log.info("listening on port %d; the webhook is POST %s/twilio/voice", settings.port, base)
+        if bridge.validators and not settings.public_base_url:
+            log.warning("PUBLIC_BASE_URL is not set: signatures are checked for the Host they name")
         if "/" in hooks.pages and not bridge.validators:
             log.info("to talk to it from this computer, open\n\n    %s/\n", base)
         gc.freeze()  # what the start has made stays, and a call's objects die by their references:
         gc.set_threshold(20_000, 20, 20)  # looking for cycles less often saves a tenth of the CPU
         await stop.wait()
         bridge.draining = True
-        text = "stopping: %d calls may go on for up to %g s; a second signal ends them now"
-        log.info(text, len(bridge.calls), settings.drain_seconds)
+        log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
         await drain(bridge, signals)
     await asyncio.to_thread(hooks.close, 10.0 if len(signals) < 2 else 0.5)
-    return 0
 
 
 def main() -> int:
-    if sys.argv[1:]:
-        print(__doc__)
-        return 0 if sys.argv[1:] == ["--help"] else 2
-    here = Path(__file__).resolve().parent
-    read_dotenv(here / ".env")
-    handler = LogQueue(queue.Queue(1000))
+    writer, status, here = LogWriter(), 0, Path(__file__).parent
     text = "%(asctime)s %(levelname)s %(name)s %(call)s %(message)s"
-    handler.setFormatter(logging.Formatter(text, defaults={"call": "-"}))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    writer.setFormatter(logging.Formatter(text, defaults={"call": "-"}))
+    logging.basicConfig(level=logging.INFO, handlers=[writer])
     logging.getLogger("websockets").setLevel(logging.ERROR)
-    writer = logging.handlers.QueueListener(handler.queue, logging.StreamHandler())
-    writer.start()
+    thread = threading.Thread(target=writer.write, name="log", daemon=True)
+    thread.start()
     try:
+        read_dotenv(here / ".env")
         settings = read_settings(os.environ)
-        status = asyncio.run(run(settings, Hooks(here / "hooks", settings.hooks)))
-    except ValueError as exc:
-        print(f"bridge.py: {exc}", file=sys.stderr)
-        status = 2
-    stopping = threading.Thread(target=writer.stop, daemon=True)
-    stopping.start()
-    stopping.join(1.0)  # what nobody reads is left
+        asyncio.run(run(settings, Hooks(here / "hooks", settings.hooks)))
+    except (OSError, ValueError, SystemExit) as exc:
+        status = 1 if isinstance(exc, OSError) else 2
+        fault = f"cannot listen: give a free PORT, a HOST of ours ({exc})" if status == 1 else exc
+        print(f"bridge.py: {fault}", file=sys.stderr)
+    writer.waiting.put(None)
+    thread.join(1.0)  # what nobody reads is left
     return status
 
 
 # ── 8 The fast wire ─────────────────────────────────────────────────────────────────────────────
 #
 # A `Wire` costs a task's wake-up, a queue and a frame object for each 20 ms of sound. Here whole
-# text messages are cut out of the bytes as they come, and written the same way. All else is still
-# websockets': handshake, ping, close, fragments, long messages. Without this section everything
-# works, a third dearer.
+# text messages are cut out of the bytes as they come, and written the same way. The handshake, ping
+# and close stay websockets' business; after a fragment or a long message all of a connection is, so
+# that the order stays. Without this section everything works, a third dearer.
 #
 #   a frame (RFC 6455, 5.2): 0x81 = final, text │ 0x80 if masked, + length or 126 │ … │ mask │ text
 
 
 class FastWire(Wire):
-    masks = False  # a client masks what it sends, a server does not
     cutting: bool | None = None  # None: `read` has not begun; False: websockets reads from here on
-    kept = b""  # bytes that were not dealt with
-    keys = b""  # random bytes: a mask takes 4
+    kept = b""  # bytes that wait for `read`, or for the rest of their frame
+    ours, theirs = 0, 0x80  # a client masks what it sends, a server does not
 
     async def read(self) -> None:
         self.cutting = True
@@ -2202,55 +1892,45 @@ class FastWire(Wire):
         await super().read()
 
     def data_received(self, data: bytes) -> None:
-        data, self.kept = self.kept + data, b""
+        data, self.kept, at, theirs = self.kept + data, b"", 0, self.theirs
         if self.cutting is None and self.state is State.OPEN:
             self.kept = data
             return
-        at, end = 0, len(data)
-        while self.cutting and end - at >= 2:
-            length, text_at = data[at + 1] & 127, at + 2
-            if length == 126 and end - at >= 4:
-                length, text_at = data[at + 2] << 8 | data[at + 3], at + 4
-            elif length == 126:
-                break
-            if masked := data[at + 1] & 128:
-                text_at += 4
-            stop, head = text_at + length, data[at]
-            odd = length == 127 or bool(masked) is self.masks or self.state is not State.OPEN
-            if odd or (head != 0x81 and head < 0x88):  # long, wrong, closing, or a fragment
+        end = len(data)
+        while self.cutting and end - at > 1:
+            kind, size, begin = data[at], data[at + 1] ^ theirs, at + 2
+            if kind not in (0x81, 0x89, 0x8A) or size > 126 or self.state is not State.OPEN:
                 self.cutting = False
                 break
-            if stop > end:
+            if size == 126:
+                if end - at < 4:
+                    break
+                size, begin = data[at + 2] << 8 | data[at + 3], at + 4
+            begin += 4 if theirs else 0
+            if (stop := begin + size) > end:
                 break
-            if head == 0x81:
-                text = data[text_at:stop]
-                key = data[text_at - 4 : text_at]
-                self.attempt((apply_mask(text, key) if masked else text).decode())
+            if kind == 0x81:
+                text = data[begin:stop]
+                self.attempt(apply_mask(text, data[begin - 4 : begin]) if theirs else text)
             else:
                 super().data_received(data[at:stop])
             at = stop
         if self.cutting:
             self.kept = data[at:]
-        elif at < end:
+        else:
             super().data_received(data[at:])
 
     def put(self, text: str) -> None:
-        data = text.encode()
-        size, masked = len(data), 128 if self.masks else 0
-        if self.state is not State.OPEN or size > 0xFFFF:
+        data, ours = text.encode(), self.ours
+        size = len(data)
+        if size > 0xFFFF or self.state is not State.OPEN:
             super().put(text)
             return
-        head = (
-            bytes((0x81, masked | size))
-            if size < 126
-            else bytes((0x81, masked | 126)) + size.to_bytes(2, "big")
-        )
-        if self.masks:
-            if not self.keys:
-                self.keys = os.urandom(4096)
-            key, self.keys = self.keys[:4], self.keys[4:]
+        head = (ours | size,) if size < 126 else (ours | 126, size >> 8, size & 0xFF)
+        if ours:
+            key = os.urandom(4)
             data = key + apply_mask(data, key)
-        self.transport.write(head + data)
+        self.transport.write(bytes((0x81, *head)) + data)
         self.check_unsent()
 
 
@@ -2259,22 +1939,21 @@ class FastTwilio(FastWire, TwilioConnection):
 
 
 class FastOpenAI(FastWire, OpenAIConnection):
-    masks, unread = True, b""
+    ours, theirs = 0x80, 0
 
     def data_received(self, data: bytes) -> None:
-        """OpenAI's first frame may come with the end of the handshake."""
-        if self.state is State.CONNECTING:
-            head, blank, rest = (self.unread + data).partition(b"\r\n\r\n")
-            self.unread = head
-            if not blank:
-                return
+        """OpenAI's first frame may come together with the end of the handshake."""
+        head, blank, rest = (self.kept + data).partition(b"\r\n\r\n")
+        if self.state is State.CONNECTING and blank:
+            self.kept, data = b"", rest
             super().data_received(head + blank)
-            data = rest
+        elif self.state is State.CONNECTING:
+            self.kept += data
+            return
         super().data_received(data)
 
 
 CONNECTIONS |= {"twilio": FastTwilio, "openai": FastOpenAI}
 
 if __name__ == "__main__":
-    sys.stdout.flush()
     os._exit(main())  # a thread of a hook that never returns does not hold up the exit
