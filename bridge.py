@@ -579,7 +579,7 @@ class Call:
             self.audio.forget_turn()
         elif not answer.sounded and not answer.cut:
             self.fault(f"a response brought no sound ({why}): the model is asked again")
-            self.owe(again=True, pause_s=ANSWERS_S)
+            self.owe(again=True, pause_s=max(ANSWERS_S, self.quiet_until - monotonic()))
         elif status in ("failed", "incomplete"):
             self.fault(f"a response broke off ({why}): the call goes on")
 
@@ -845,7 +845,9 @@ class Call:
     def end(self, reason: str, twiml: str = "") -> None:
         """End the call now. Without TwiML it is not the bridge that ends it."""
         if not self.over.done():
-            self.bridge.ended(self, twiml)
+            twiml = twiml or ("" if self.stream_sid else say(APOLOGY))  # no stream came
+            past = Past(twiml, self.history, self.notes, self.reconnects)
+            self.bridge.ended(self.sid, past)
             self.over.set_result(reason)
 
     def tick(self) -> None:
@@ -1266,12 +1268,15 @@ class Hooks:
 
     async def run_tool(self, call: Any, name: str, arguments: str) -> str | None:
         """What a tool returns, as text; None: no response is wanted. A failure is told in words."""
+        if name not in self.functions:
+            return f"Error: there is no tool named {name}."
         work = asyncio.wait_for(contained(self.use(call, name, arguments)), TOOL_S)
         result: Any = (await asyncio.gather(work, return_exceptions=True))[0]
         if isinstance(result, BaseException):  # also CancelledError, if the tool cancels itself
-            log.error("tool %s failed", name, exc_info=result, extra={"call": call.sid})
+            shown = None if isinstance(result, TimeoutError) else result
+            log.error("tool %s failed", name, exc_info=shown, extra={"call": call.sid})
             result = f"Error: {result!r} (a tool has {TOOL_S:g} s)"
-        return result and result[:MAX_RESULT]
+        return None if result is None else str(result)[:MAX_RESULT]
 
     async def use(self, call: Any, name: str, arguments: str) -> str | None:
         tool, schema = self.functions[name]
@@ -1285,7 +1290,7 @@ class Hooks:
             given["call"] = call
         job = functools.partial(tool, **given)
         result = await (job() if inspect.iscoroutinefunction(tool) else self.in_thread(job))
-        return result if isinstance(result, str | None) else str(to_json(result))
+        return result if result is None or isinstance(result, str) else to_json(result)
 
     def close(self, limit_s: float) -> None:
         """Wait until the files have handled their events, but no longer than this."""
@@ -1362,12 +1367,16 @@ def reply(twilio: Any, status: int, text: Any, kind: str = "text/plain", **more:
 
 
 @dataclass(slots=True)
-class Past:  # a call that has ended, for what comes after it
-    history: dict[str, tuple[str, str]]
+class Past:
+    """A call that has ended, for what comes after it."""
+
     twiml: str  # what /twilio/next responds with; "": it is not the bridge that ended the call
-    reconnects: int
+    history: dict[str, tuple[str, str]] = field(default_factory=dict)
+    notes: Object = field(default_factory=dict)
+    reconnects: int = 0
     ended_at: float = field(default_factory=monotonic)
     asked: bool = False  # what is next
+    opening: str = ""  # how the model is to begin when the caller is connected again
 
 
 class Bridge:
@@ -1503,12 +1512,17 @@ class Bridge:
             return self.stream(form, request)
         if signature and signature in self.seen:  # the same webhook again, after its call
             return self.next(form, request)
-        return self.begin(form, request)
+        if refusal := self.no_room():
+            return refusal
+        self.begin(form, request)
+        return self.stream(form, request)
 
     def next(self, form: dict[str, str], request: Request) -> str:
         """What Twilio does when a stream, or the <Dial> of a transfer, has ended."""
         sid, dialled = form["CallSid"], form.get("DialCallStatus")
         if (call := self.calls.get(sid)) and not call.over.done():
+            if call.stream_sid and monotonic() - call.audio.frame_at < 1:  # that stream lives
+                return say(APOLOGY)
             call.end("twilio lost")
         if past := self.past.get(sid):
             past.asked = True
@@ -1518,23 +1532,36 @@ class Bridge:
                 return say(APOLOGY)
         if dialled == "completed" or form.get("CallStatus", "in-progress") != "in-progress":
             return HANG_UP
-        back = LINE_IS_BACK + (GO_ON if past else SAY_AGAIN)
-        return self.begin(form, request, NOT_REACHED.format(dialled) if dialled else back)
+        if refusal := self.no_room():
+            return refusal
+        opening = LINE_IS_BACK + (GO_ON if past else SAY_AGAIN)
+        past = past or Past("")
+        past.opening = NOT_REACHED.format(dialled) if dialled else opening
+        self.ended(sid, past)
+        return self.stream(form, request)  # its `start` begins the call
 
-    def begin(self, form: Mapping[str, str], request: Request, opening: str = "") -> str:
-        """Begin a call, whose model is connected now, if there is room."""
-        sid, greeting, most = form["CallSid"], self.settings.greeting, self.settings.max_calls
-        if self.draining or len(self.calls) >= most:
-            log.warning("a caller is turned away: stopping, or MAX_CALLS (%d) are there", most)
-            return say(RESTARTING if self.draining else BUSY)
+    def no_room(self) -> str:
+        """What a further caller hears instead; "" when there is room."""
+        if self.draining or len(self.calls) < self.settings.max_calls:
+            return say(RESTARTING) if self.draining else ""
+        log.warning("a caller is turned away: MAX_CALLS (%d) are there", len(self.calls))
+        return say(BUSY)
+
+    def begin(self, form: Mapping[str, str], request: Request) -> Call:
+        """A call, whose model is connected now."""
+        sid, greeting, past = (
+            form["CallSid"],
+            self.settings.greeting,
+            self.past.pop(form["CallSid"], None),
+        )
         caller, called = form.get("From", ""), form.get("To", "")
         call = self.calls[sid] = Call(self, sid, caller, called, self.address(request, "next"))
-        if past := self.past.pop(sid, None):
-            call.history, call.reconnects = past.history, past.reconnects + 1
-            call.log.info("connected again: the stream was lost, or nobody answered a transfer")
-        if opening := opening or (greeting and GREET + greeting):
+        if past:
+            call.history, call.notes = past.history, past.notes
+            call.reconnects = past.reconnects + 1
+        if opening := (past.opening if past else "") or (greeting and GREET + greeting):
             call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
-        return self.stream(form, request)
+        return call
 
     def stream(self, form: Mapping[str, str], request: Request) -> str:
         self.seen.append(request.headers.get("X-Twilio-Signature", ""))
@@ -1546,9 +1573,8 @@ class Bridge:
         after = f'<Redirect method="POST">{escape(self.address(request, "next"))}</Redirect>'
         return twiml(f"<Connect><Stream url={quoteattr(url)}>", *more, "</Stream></Connect>", after)
 
-    def ended(self, call: Call, twiml: str) -> None:
-        twiml = twiml or ("" if call.stream_sid else say(APOLOGY))  # no stream came
-        self.past[call.sid] = Past(call.history, twiml, call.reconnects)
+    def ended(self, sid: str, past: Past) -> None:
+        self.past[sid] = past
         if len(self.past) > MAX_PAST:
             del self.past[next(iter(self.past))]
 
@@ -1561,7 +1587,7 @@ class Bridge:
 
     async def take_stream(self, twilio: Any) -> None:
         """A stream whose handshake was let in: its `start`, then the call, until it ends."""
-        timer = twilio.loop.call_later(START_S, self.close, twilio, 1008)  # policy violation
+        timer = twilio.loop.call_later(START_S, twilio.shut, 1008, f"no start in {START_S:g} s")
         twilio.handle = functools.partial(self.first_message, twilio, timer)
         await twilio.read()
         timer.cancel()
@@ -1581,14 +1607,18 @@ class Bridge:
         about = token.rpartition(".")[0]
         real = hmac.compare_digest(self.token(sid, about).encode(), token.encode())
         if not real or token in self.seen or int(about.partition(".")[0]) < time.time():
+            if CALL_SID.fullmatch(sid) and sid not in self.calls:  # Twilio asks what is next
+                self.ended(sid, Past(twiml=say(APOLOGY)))
             raise ValueError("a stream without a valid token of its call")
         self.seen.append(token)
         call = self.calls.get(sid)
-        if not call or call.over.done():  # redirected to the webhook; or another machine had it
-            self.begin({**given, "CallSid": sid}, typing.cast(Request, twilio.request))
-            call = self.calls.get(sid)
-        if not call or call.over.done() or call.stream_sid:
-            raise ValueError("a stream for which there is no room, or whose call has one already")
+        if call and not call.over.done() and call.stream_sid:
+            raise ValueError("a second stream of a call")
+        if not call or call.over.done():  # connected again; or another machine had the webhook
+            if refusal := self.no_room():
+                self.ended(sid, Past(refusal))
+                raise ValueError("a stream for which there is no room")
+            call = self.begin({**given, "CallSid": sid}, typing.cast(Request, twilio.request))
         timer.cancel()
         twilio.call, twilio.most_unreadable = call, MAX_UNREADABLE
         call.open_stream(twilio, start["streamSid"])
@@ -1622,10 +1652,12 @@ class Wire(Connection):
             self.unreadable += 1
             log.warning("%s: bad message %d: %.200r", type(self).__name__, self.unreadable, exc)
             if self.unreadable >= self.most_unreadable:
-                self.shut(1008)  # policy violation
+                self.shut(1008, "too many of them")  # policy violation
 
-    def shut(self, code: int) -> None:
+    def shut(self, code: int, why: str = "") -> None:
         """Close it; what still comes of it means nothing."""
+        if why:
+            log.warning("%s is closed: %s", type(self).__name__, why)
         self.handle = lambda text: None
         self.closing = asyncio.create_task(self.close(code))
 
@@ -1742,7 +1774,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
         key, name = setting.name, setting.name.upper()
         text, (pattern, give) = env.get(name, "").strip(), RULES.get(key, ("(?s).*", ""))
         if not re.fullmatch(pattern, text) and text:
-            shown = "wrong" if key.startswith("openai") else repr(text)
+            shown = "wrong" if key.startswith("openai") or "@" in text else repr(text)
             raise ValueError(f"{name} is {shown}: give {give}")
         if isinstance(setting.default, int | float) and text:
             chosen[key] = type(setting.default)(text.replace("off", "inf"))
@@ -1787,8 +1819,8 @@ async def drain(bridge: Bridge, signals: list[int]) -> None:
 
     async def wait(limit_s: float, waits: Callable[[], object], most_signals: int = 1) -> None:
         until = monotonic() + limit_s
-        while waits() and monotonic() < until and len(signals) <= most_signals:
-            await asyncio.sleep(0.05)  # noqa: ASYNC110 - there is no one event to wait for
+        while waits() and monotonic() < until and len(signals) <= most_signals:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)  # there is no one event to wait for
 
     def unasked() -> bool:  # Twilio is still to ask what is next
         ended = [past for past in bridge.past.values() if monotonic() - past.ended_at < NEXT_S]
