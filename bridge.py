@@ -1236,7 +1236,10 @@ class Hooks:
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.functions |= {f.__name__: (f, tool_schema(f)) for f in getattr(module, "TOOLS", [])}
-        self.pages |= getattr(module, "PAGES", {})
+        for route, page in getattr(module, "PAGES", {}).items():
+            if not isinstance(page, Path) and len(inspect.signature(page).parameters) > 1:
+                raise TypeError(f"page {route}: give a Path, or a function of the query")
+            self.pages[route] = page
         self.offline = getattr(module, "OFFLINE_MODEL", self.offline)
         waiting = queue.SimpleQueue[Any]()
         thread = threading.Thread(target=handle, args=[waiting], name=name, daemon=True)
@@ -1314,6 +1317,8 @@ def json_schema(hint: Any) -> Object:
 
 def tool_schema(tool: Any) -> Object:
     """A function as session.update has it. OpenAI refuses a session with an odd one as a whole."""
+    if not re.fullmatch(r"(?a)\w{1,64}", tool.__name__) or not inspect.getdoc(tool):
+        raise TypeError(f"tool {tool.__name__}: give it a name of a-z 0-9 _ and a docstring")
     given = inspect.signature(tool, eval_str=True).parameters
     properties = {key: json_schema(given[key].annotation) for key in given if key != "call"}
     required = [key for key in properties if given[key].default is inspect.Parameter.empty]
@@ -1749,6 +1754,7 @@ RULES = {  # -> a pattern of what is right, and what to give
     "public_base_url": (rf"https://{HOST}(?!.*/(twilio|health)(/|$))(/[^?#\s]*)?", "https://HOST"),
     "openai_realtime_url": (rf"wss?://{HOST}([/?](?!.*model=gpt-live)[^#\s]*)?", "wss://HOST/PATH"),
     "openai_realtime_model": ("(?!gpt-live).*", "another: GPT-Live speaks another protocol"),
+    "host": (r"(?![\d.]+$)\S+|((25[0-5]|2[0-4]\d|1?\d?\d)(\.(?!$)|$)){4}", "an address of ours"),
     "port": (PORT, "a number from 1 to 65535"),
     "barge_in_ms": (r"\d{1,4}(\.\d+)?|off", "a number from 0 to 9999, or off"),
     "max_calls": (r"[1-9]\d{0,4}", "a number from 1 to 99999"),
@@ -1879,7 +1885,7 @@ async def run(settings: Settings, hooks: Hooks) -> None:
         bridge.draining = True
         log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
         await drain(bridge, signals)
-    await asyncio.to_thread(hooks.close, 10.0 if len(signals) < 2 else 0.5)
+    await asyncio.to_thread(hooks.close, 6.0 if len(signals) < 2 else 0.5)
 
 
 def main() -> int:
