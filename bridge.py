@@ -1186,7 +1186,8 @@ EVENTS = {  # -> arguments besides `call` and `at` (time.monotonic() at the even
     "call_ended": "reason",  # once for each call_started, and last
     "any_event": "event facts",  # all of the above but the two of audio
 }
-KIND: Any = {"string": str, "boolean": bool, "integer": int, "number": int | float, "array": list}
+KIND: Any = {"string": str, "boolean": bool, "integer": int, "number": int | float}  # of JSON
+KIND |= {"array": list, "object": dict}
 to_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
 MAX_WAITING, TOOL_S, MAX_RESULT = 1000, 20.0, 16_000  # events of a file; s; characters
 
@@ -1235,11 +1236,12 @@ class Hooks:
         spec: Any = importlib.util.spec_from_file_location(f"_hook_{name}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        self.functions |= {f.__name__: (f, tool_schema(f)) for f in getattr(module, "TOOLS", [])}
-        for route, page in getattr(module, "PAGES", {}).items():
+        tools = {tool.__name__: (tool, tool_schema(tool)) for tool in getattr(module, "TOOLS", [])}
+        pages = dict(getattr(module, "PAGES", {}))
+        for route, page in pages.items():
             if not isinstance(page, Path) and len(inspect.signature(page).parameters) > 1:
                 raise TypeError(f"page {route}: give a Path, or a function of the query")
-            self.pages[route] = page
+        self.functions, self.pages = self.functions | tools, self.pages | pages
         self.offline = getattr(module, "OFFLINE_MODEL", self.offline)
         waiting = queue.SimpleQueue[Any]()
         thread = threading.Thread(target=handle, args=[waiting], name=name, daemon=True)
