@@ -389,7 +389,6 @@ class Call:
     def caller_started(self, item_id: str, now: float) -> None:
         self.speaking, self.speaking_at, self.turns[item_id] = item_id, now, math.inf
         self.emit("caller_started_speaking", item=item_id)
-        self.stop_notices(now)
         at_once = self.bridge.barge_in_ms == 0 and self.echoes < MAX_ECHOES
         self.undecided = self.model_heard(now) and not at_once
         self.last_second = not self.active and self.playback.left_s(now) < LAST_WORDS_S
@@ -497,7 +496,8 @@ class Call:
         """The model owes the caller its voice from now on; `again`: it still does."""
         if not again or self.owed is None:
             self.owed, self.owed_at = create or {}, monotonic()
-        self.quiet_until = monotonic() + pause_s
+        asked_until = self.quiet_until if self.asked_at < math.inf else 0.0
+        self.quiet_until = max(monotonic() + pause_s, asked_until)
 
     def go_on(self) -> None:
         """Do what is due, by what is true now."""
@@ -585,8 +585,9 @@ class Call:
 
     async def use_tools(self, calls: list[Object], answer: Answer) -> None:
         """Run what the model called, side by side; then let it speak, once."""
-        wanted = await asyncio.gather(*(self.use_tool(call, answer.cut) for call in calls))
-        self.tools = None  # run_tool never raises
+        uses = [self.use_tool(call, answer.cut) for call in calls]
+        wanted = await asyncio.gather(*uses, return_exceptions=True)  # one may have no name
+        self.tools = None
         if any(wanted) and not (self.ending and answer.sounded):  # one goodbye is enough
             self.owe()
         self.go_on()
