@@ -1384,7 +1384,7 @@ class Past:
     reconnects: int = 0
     ended_at: float = field(default_factory=monotonic)
     asked: bool = False  # what is next
-    opening: str = ""  # how the model is to begin when the caller is connected again
+    opening: str = LINE_IS_BACK + GO_ON  # how the model begins when the caller is back
 
 
 class Bridge:
@@ -1500,7 +1500,7 @@ class Bridge:
             if not any(hmac.compare_digest(it.encode(), signature.encode()) for it in valid):
                 raise ValueError(f"TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL ({base.netloc}) is another")
         # As much of each as a <Parameter> (500 characters) and a log can take.
-        return {name: "".join(filter(str.isprintable, it))[:200] for name, it in pairs}
+        return {name: re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", it)[:200] for name, it in pairs}
 
     # ── TwiML ──
 
@@ -1522,17 +1522,18 @@ class Bridge:
             return self.next(form, request)
         if refusal := self.no_room():
             return refusal
+        self.past.pop(sid, None)  # what that call was told does not reach this one
         self.begin(form, request)
         return self.stream(form, request)
 
     def next(self, form: dict[str, str], request: Request) -> str:
         """What Twilio does when a stream, or the <Dial> of a transfer, has ended."""
         sid, dialled = form["CallSid"], form.get("DialCallStatus")
-        if (call := self.calls.get(sid)) and not call.over.done():
-            if call.stream_sid and monotonic() - call.audio.frame_at < 1:  # that stream lives
-                return say(APOLOGY)
+        call, past = self.calls.get(sid), self.past.get(sid)
+        if call and not call.over.done() and monotonic() - call.audio.frame_at > 1:
             call.end("twilio lost")
-        if past := self.past.get(sid):
+            past = self.past[sid]
+        if past:
             past.asked = True
             if past.twiml and not (dialled and "<Dial" in past.twiml):
                 return past.twiml
@@ -1542,10 +1543,10 @@ class Bridge:
             return HANG_UP
         if refusal := self.no_room():
             return refusal
-        opening = LINE_IS_BACK + (GO_ON if past else SAY_AGAIN)
-        past = past or Past("")
-        past.opening = NOT_REACHED.format(dialled) if dialled else opening
-        self.ended(sid, past)
+        if dialled and past:
+            past.opening = NOT_REACHED.format(dialled)
+        elif not past and not call:  # this process has been restarted
+            self.ended(sid, Past("", opening=LINE_IS_BACK + SAY_AGAIN))
         return self.stream(form, request)  # its `start` begins the call
 
     def no_room(self) -> str:
@@ -1565,7 +1566,7 @@ class Bridge:
         caller, called = form.get("From", ""), form.get("To", "")
         call = self.calls[sid] = Call(self, sid, caller, called, self.address(request, "next"))
         if past:
-            call.history, call.notes = past.history, past.notes
+            call.history, call.notes = past.history, dict(past.notes)
             call.reconnects = past.reconnects + 1
         if opening := (past.opening if past else "") or (greeting and GREET + greeting):
             call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
@@ -1892,7 +1893,8 @@ async def run(settings: Settings, hooks: Hooks) -> None:
 
 
 def main() -> int:
-    writer, status, here = LogWriter(), 0, Path(__file__).parent
+    writer, here = LogWriter(), Path(__file__).parent
+    status, fault = 0, ""
     text = "%(asctime)s %(levelname)s %(name)s %(call)s %(message)s"
     writer.setFormatter(logging.Formatter(text, defaults={"call": "-"}))
     logging.basicConfig(level=logging.INFO, handlers=[writer])
@@ -1905,10 +1907,13 @@ def main() -> int:
         asyncio.run(run(settings, Hooks(here / "hooks", settings.hooks)))
     except (OSError, ValueError, SystemExit) as exc:
         status = 1 if isinstance(exc, OSError) else 2
-        fault = f"cannot listen: give a free PORT, a HOST of ours ({exc})" if status == 1 else exc
-        print(f"bridge.py: {fault}", file=sys.stderr)
+        fault = (
+            f"cannot listen: give a free PORT, a HOST of ours ({exc})" if status == 1 else str(exc)
+        )
     writer.waiting.put(None)
     thread.join(1.0)  # what nobody reads is left
+    if status:
+        print(f"bridge.py: {fault}", file=sys.stderr, flush=True)
     return status
 
 
