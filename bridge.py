@@ -4,29 +4,19 @@
 # dependencies = ["websockets>=17,<18", "twilio>=9.13,<10"]
 # ///
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="import-untyped, attr-defined"
 """Talk with OpenAI's Realtime model by telephone: the whole bridge in one file.
 
     caller ── telephone ── Twilio ══ WebSocket ══ bridge.py ══ WebSocket ══ OpenAI Realtime
-                             │  POST /twilio/voice  │
-                             └──────────────────────┘
+                             └── POST /twilio/voice ──┘
 
-    1 Settings        what an operator changes: environment variables
-    2 The call        Twilio's messages, OpenAI's events, barge-in, what the model owes, the end
-    3 Playback        what the caller has heard of the model: a line of bytes and a clock
-    4 Caller audio    what the model has heard of the caller, and how much of that is voice
-    5 Hooks           files in hooks/ that are told what happens in a call; tools
-    6 The way in      the webhook, its signature and its form; the stream and its token
-    7 Start and stop  settings, the log, one port, signals
-    8 The fast wire   the same for less CPU; skip it at a first reading
+1 Settings · 2 The call · 3 Playback · 4 Caller audio · 5 Hooks · 6 The way in · 7 Start and stop ·
+8 The fast wire: the same for less CPU, skip it at a first reading
 
-Both sides speak G.711 mu-law at 8 kHz in base64, so sound passes through as it came: 8 bytes are
-1 ms. Nothing inside a call waits: a message of either side is handled to its end where it arrives,
-and what it causes is written at once. Only `Call.keep_session`, tools and hooks run beside that.
-
-    python bridge.py          the README has the settings and the first call
-
-Twilio's messages: https://www.twilio.com/docs/voice/media-streams/websocket-messages
-OpenAI's events:   https://platform.openai.com/docs/api-reference/realtime
+Start it with `python bridge.py`; the README has the settings and the first call. Both sides speak
+G.711 mu-law at 8 kHz in base64, so sound passes through as it came: 8 bytes are 1 ms. Nothing in a
+call waits: a message of either side is handled to its end where it arrives, and what it causes is
+written at once. Only `Call.keep_session`, tools and hooks run beside that.
 """
 
 from __future__ import annotations
@@ -67,17 +57,12 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from xml.sax.saxutils import escape, quoteattr
 
-from twilio.request_validator import (  # type: ignore[import-untyped]
-    RequestValidator,
-    get_signature_algorithm,
-)
-from websockets.asyncio.client import ClientConnection, connect
+from twilio.request_validator import RequestValidator, get_signature_algorithm
+from websockets import ClientConnection, ConnectionClosed, Request, Response, State
+from websockets.asyncio.client import connect
 from websockets.asyncio.connection import Connection, broadcast
 from websockets.asyncio.server import ServerConnection, serve
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.frames import apply_mask  # type: ignore[attr-defined]
-from websockets.http11 import Request, Response
-from websockets.protocol import State
+from websockets.frames import apply_mask
 from websockets.server import ServerProtocol
 
 log = logging.getLogger("bridge")
@@ -87,9 +72,7 @@ Object = dict[str, Any]  # of JSON
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Each is read from the environment variable of its name in capitals. These are defaults."""
-
+class Settings:  # defaults; each is read from the environment variable of its name in capitals
     openai_api_key: str = ""  # without it the offline model answers (hooks/offline.py)
     twilio_auth_token: str = ""  # checks signatures; without it only this computer may call
     public_base_url: str = ""  # such as https://my-app.fly.dev
@@ -99,11 +82,11 @@ class Settings:
     openai_realtime_model: str = "gpt-realtime-2.1"  # unless the URL names one
     instructions: str = (
         "# 役割\nあなたは電話に出るAIアシスタントの鈴木です。\n# 話し方\nいつも日本語の"
-        "「です・ます」で話します。一度に話すのは短い文を一つか二つまでです。箇条書きや"
-        "記号は使いません。電話番号などの数字は一桁ずつ読み上げ、復唱して確かめます。\n"
-        "# 決してしないこと\n事実、数字、出典を作り上げません。使えるツールがあれば調べ、"
-        "わからないことは「わかりかねます」と正直に言います。\n# 聞き取れないとき\n"
-        "短く聞き返します。雑音、沈黙、周りの人どうしの会話には答えません。"
+        "「です・ます」で話します。一度に話すのは短い文を一つか二つまでです。箇条書きや記号は"
+        "使いません。電話番号などの数字は一桁ずつ読み上げ、復唱して確かめます。\n# 決してしないこと"
+        "\n事実、数字、出典を作り上げません。使えるツールがあれば調べ、わからないことは"
+        "「わかりかねます」と正直に言います。\n# 聞き取れないとき\n短く聞き返します。雑音、沈黙、"
+        "周りの人どうしの会話には答えません。"
     )
     greeting: str = "お電話ありがとうございます。AIアシスタントの鈴木です。どうぞお話しください。"
     voice: str = "marin"  # marin and cedar are the ones that OpenAI recommends
@@ -117,18 +100,18 @@ class Settings:
     fly_machine_id: str = ""  # set by Fly.io itself
 
 
-# What Twilio says to a caller to whom the model cannot speak.
+# What Twilio says to a caller to whom the model cannot speak, and what the model is told.
 AGAIN = "恐れ入りますが、しばらくしてからおかけ直しください。"
 BUSY = "ただいまお電話が混み合っております。" + AGAIN
 RESTARTING = "ただいまシステムの更新を行っております。" + AGAIN
 APOLOGY = "申し訳ございません。システムの不具合により、お電話を続けることができません。" + AGAIN
 TIME_IS_UP = "恐れ入りますが、お時間となりましたので、これで失礼いたします。"
-# What the model is told.
 GREET = "Begin the call: say exactly this, and no more: "
 LINE_IS_BACK = "The line was cut off and is back. Apologize for that in a few words, and "
 GO_ON, SAY_AGAIN = "go on where you were.", "ask the caller to say once more what it is about."
 NOT_REACHED = "Nobody was reached ({}): the caller is back with you. Say whom they did not reach."
 HEARD_ONLY = "The caller spoke over your last words. They heard only this of them: "
+NOT_DONE = "The caller spoke over this, so it was not done."
 CALLED_OFF = "The caller goes on talking, so the call was not ended. Listen, and respond."
 
 # ── 2 The call ──────────────────────────────────────────────────────────────────────────────────
@@ -145,30 +128,30 @@ ANSWERS_S, ASK_AGAIN_S, FAILED_S = 1.5, 2.5, 1.0  # see `look_after_model`; a ra
 GREETING_S, SILENCE_S = 8.0, 20.0  # a caller waits no longer for what is owed
 DEAD_S, DEAF_S = 6.0, 8.0  # without any event of a response, of a session
 SESSION_S, LASTED_S = 8.0, 2.0  # without a session; one that is lost sooner was none
-UNWANTED_S = 3.0  # OpenAI may begin its response to a backchannel so late
-LAST_WORDS_S, VAD_SILENCE_S = 1.0, 0.5
-TURN_LOST_S = 9.0  # the longest that OpenAI's semantic VAD waits for is 8 s
+UNWANTED_S, TURN_LOST_S = 3.0, 9.0  # OpenAI responds, and its semantic VAD decides, sooner
+LAST_WORDS_S, VAD_SILENCE_S = 1.0, 0.5  # speech_stopped comes so long after the last sound
 MAX_ECHOES, ECHO_MS = 3, 2000  # answers in a row that were cut so soon, without words
 CALLS_OFF_MS, CALLED_OFF_S = 700.0, 8.0  # voice calls a hang-up off; so much silence does not
-WORDS_S, WORDS_AT_END_S = 10.0, 0.8  # a turn's words are waited for
-GOODBYE_S = 15.0  # and what is queued: a goodbye is waited for
+WORDS_S, WORDS_AT_END_S, GOODBYE_S = 10.0, 0.8, 15.0  # what is waited for, at most
 MAX_QUEUED_S, MAX_HISTORY = 300.0, 200  # speech at Twilio; texts that a new session is told
 MAX_TOOLS, MAX_TOOL_ROUNDS = 16, 8  # of one response; in a row without a sound
 HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_response"}  # crossings
 FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}  # codes or types
+REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}  # of HTTP; closes by OpenAI
+# The form of nearly all of Twilio's media messages; others are parsed as JSON.
+MEDIA = re.compile(
+    r'(?a){"event":"media",[^{]*{[^}]*?"timestamp":"(\d{1,12})","payload":"([\w+/]+=*)'
+)
 CLOSING = re.compile(  # words that agree or take leave: they call no hang-up off
-    "(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です|わかりました"
-    "|承知しました|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく|すみません"
-    "|失礼(し|いたし)ま(す|した)|さよ(う)?なら|おやすみなさい|お疲れ様です|バイバイ"
-    "|yes|ok|thank(you|s)|(good)?bye)+",
-    re.IGNORECASE,
+    "(?i)(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です"
+    "|わかりました|承知しました|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく"
+    "|すみません|失礼(し|いたし)ま(す|した)|さよ(う)?なら|おやすみなさい|お疲れ様です|バイバイ"
+    "|yes|ok|thank(you|s)|(good)?bye)+"
 )
 
 
 @dataclass(slots=True)
-class Answer:
-    """The response in progress: from OpenAI's response.created to its response.done."""
-
+class Answer:  # the response in progress: from OpenAI's response.created to its response.done
     id: str
     created_at: float
     life_at: float  # when its last event came
@@ -177,20 +160,15 @@ class Answer:
 
 
 @dataclass(slots=True)
-class Ending:
-    """The call is to end as soon as the caller has heard what the model says."""
-
+class Ending:  # the call is to end as soon as the caller has heard what the model says
     reason: str  # for call_ended
     twiml: str  # what /twilio/next responds with
     final: bool  # no caller calls it off by talking
     deadline: float
     called_off_by: str = ""  # the item of the turn that did
-    quiet_since: float = math.inf
 
 
-class Call:
-    """One call: what Twilio has, what OpenAI has, and what is owed to the caller."""
-
+class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def __init__(self, bridge: Bridge, sid: str, caller: str, called: str, next_url: str) -> None:
         self.bridge, self.loop, self.began_at = bridge, asyncio.get_running_loop(), monotonic()
         self.sid, self.stream_sid = sid, ""  # Twilio's "CA…" and "MZ…" (once the stream is open)
@@ -198,101 +176,98 @@ class Call:
         self.notes: Object = {}  # for hooks and tools; the bridge does not look at it
         self.next_url, self.reconnects = next_url, 0  # where Twilio asks what is next
         self.log = logging.LoggerAdapter(log, {"call": sid})
-        self.twilio: TwilioConnection | None = None  # until the stream opens
-        self.over: asyncio.Future[str] = self.loop.create_future()  # why the call has ended
-        self.ending: Ending | None = None
-
+        self.twilio: TwilioConnection | None = None  # once the stream is open
         self.openai: OpenAIConnection | None = None  # the latest; may be closed
         self.session, self.lost_at = 0, self.began_at  # how many; since when there is none
-        self.ready_at = math.inf  # when session.update was accepted: audio is sent; inf: not yet
-        self.server_answers = True  # create_response: OpenAI responds to a turn by itself
+        self.ready_at = 0.0  # when OpenAI accepted session.update; 0: it has not
         self.cause = self.failed = ""  # why a session was lost last; why nothing comes any more
         self.history: dict[str, tuple[str, str]] = {}  # item -> role, text; for a new session
-
         self.playback, self.audio = Playback(), CallerAudio()
         self.notices: deque[bytes] = deque(maxlen=8)  # of `play`, until the model is silent
         self.turns: dict[str, float] = {}  # item -> when the caller stopped; until its words come
         self.speaking, self.speaking_at = "", 0.0  # the item of the turn that the caller speaks
         self.undecided = False  # … over the model, and not yet enough to interrupt it
-        self.last_second = False  # … at its last words: even a short word is an answer
         self.unwanted_until = 0.0  # a response that begins until then may be to a backchannel
         self.echoes, self.last_words = 0, ""  # answers cut at once, in a row; the model's words
-
         # What the model owes the caller: None, or the `response` of the response.create that asks
         # for it. The sound of a response created since then clears it, or its tool calls do.
         self.owed: Object | None = None
         self.owed_at = self.quiet_until = 0.0  # since when; nothing is asked for before
         self.attempts = self.tool_rounds = 0  # to have it; responses that only called tools
-        self.asked_at = math.inf  # the oldest request that no event has followed
+        self.asked_at = 0.0  # the oldest request that no event has followed; 0: none
         self.active: Answer | None = None
         self.tools: asyncio.Task[None] | None = None  # that the last response called
+        self.ending: Ending | None = None
+        self.over: asyncio.Future[str] = self.loop.create_future()  # why the call has ended
         self.timer = self.loop.call_later(TICK_S, self.tick)
         self.life = asyncio.create_task(self.live())
 
-    # ── Twilio's messages ──
-
-    MEDIA = re.compile(  # the form of nearly all of them; others are parsed as JSON
-        r'\{"event":"media",[^{]*"media":\{[^}]*?"timestamp":"(\d{1,12})","payload":"([\w+/]+=*)"',
-        re.ASCII,
-    )
+    # ── Twilio's messages: https://www.twilio.com/docs/voice/media-streams/websocket-messages ──
 
     def from_twilio(self, text: str) -> None:
-        """One message of Twilio's. Its numbers are strings."""
-        if media := self.MEDIA.match(text):
+        if media := MEDIA.match(text):
             self.from_caller(media[2], int(media[1]))
             return
         message = json.loads(text)
         match message["event"]:
-            case "media":
-                payload, timestamp = message["media"]["payload"], message["media"]["timestamp"]
+            case "media":  # whatever the timestamp is, no audio is lost
+                payload, at = message["media"]["payload"], str(message["media"]["timestamp"])
                 base64.b64decode(payload, validate=True)
-                known = re.fullmatch(r"\d{1,12}", str(timestamp), re.ASCII)
-                self.from_caller(payload, int(timestamp) if known else -1)  # never lose audio
+                self.from_caller(payload, int(at) if re.fullmatch(r"(?a)\d{1,12}", at) else -1)
             case "mark":
                 self.playback.mark_returned(int(message["mark"]["name"]), monotonic())
-            case "dtmf":
-                if (key := message["dtmf"]["digit"]) in list("0123456789*#"):
-                    self.emit("key_pressed", key=key)
+            case "dtmf" if (key := message["dtmf"]["digit"]) in list("0123456789*#"):
+                self.emit("key_pressed", key=key)
             case "stop":
                 self.end("caller hung up")
         self.go_on()
 
-    def from_caller(self, payload: str, timestamp_ms: int) -> None:
-        """The caller's voice, usually 20 ms of it. Timestamps count from the stream's beginning."""
-        ms = size_of(payload) / 8
-        if gap_ms := self.audio.take(timestamp_ms, ms, monotonic()):
-            self.fill(gap_ms)
-        self.to_model(payload)
-
-    def fill(self, gap_ms: float) -> None:
-        """Silence for a gap. Of a long one 30 s are enough, because no sentence hangs on more."""
-        self.log.info("%.0f ms of the caller's audio are missing: filled with silence", gap_ms)
-        self.to_model(base64.b64encode(b"\xff" * round(min(gap_ms, 30_000) * 8)).decode())
-
-    def to_model(self, payload: str) -> None:
-        ready = self.ready_at < math.inf
-        self.audio.keep(payload, bool(self.speaking) or not ready)
-        if ready and self.openai:
+    def from_caller(self, payload: str, timestamp_ms: float) -> None:  # usually 20 ms of sound
+        now, audio = monotonic(), self.audio
+        size = len(payload) * 3 // 4 - payload[-2:].count("=")  # of base64, without decoding it
+        if gap_ms := audio.take(timestamp_ms, size / 8, now):
+            self.log.info("%.0f ms of the caller's audio are missing: filled with silence", gap_ms)
+            # 30 s are enough, because no sentence hangs on more.
+            mulaw = b"\xff" * round(min(gap_ms, 30_000) * 8) + base64.b64decode(payload)
+            payload = base64.b64encode(mulaw).decode()
+        audio.keep(payload, not self.ready_at or self.speaking != "")
+        if self.ready_at and self.openai:
             self.openai.put('{"type":"input_audio_buffer.append","audio":"' + payload + '"}')
-        if self.audio.voice:
-            self.audio.voice.add(base64.b64decode(payload))
-            self.judge_voice()
+        if voice := audio.voice:  # enough of it interrupts the model, or calls a hang-up off
+            voice.add(base64.b64decode(payload))
+            # OpenAI may hear a caller who is too quiet for the measure.
+            spoken_ms = max(voice.ms, (now - self.speaking_at) * 1000 - 700)
+            if self.undecided and spoken_ms >= self.bridge.barge_in_ms and self.echoes < MAX_ECHOES:
+                self.stop_model(now)
+            if voice.ms >= CALLS_OFF_MS:
+                self.call_off(self.speaking)
         if self.bridge.hooks.handling["caller_audio"]:
             self.emit("caller_audio", mulaw=base64.b64decode(payload))
 
-    # ── OpenAI's events ──
-    #
+    # ── OpenAI's events: https://platform.openai.com/docs/api-reference/realtime ──
     # A turn of the caller's: speech_started, speech_stopped, committed; its words come later.
     # A response: response.created; for each of its items words and sound, both faster than they
-    # are spoken; response.done.
+    # are spoken; response.done. The many events that are not named here need nothing.
 
     def from_openai(self, text: str) -> None:
-        """One event of OpenAI's. The many that are not named here need nothing."""
         event, now = json.loads(text), monotonic()
-        self.asked_at, self.audio.unnoticed = math.inf, False  # OpenAI is alive
+        self.asked_at, self.audio.unnoticed = 0.0, False  # OpenAI is alive
         match event["type"]:
-            case "session.updated":
-                self.session_updated(event["session"]["audio"])
+            case "response.created":
+                unwanted = self.owed is None and now < self.unwanted_until  # to a backchannel
+                self.active, self.unwanted_until = Answer("" + event["response"]["id"], now, now), 0
+                if unwanted or (self.speaking and not self.model_heard(now)):
+                    self.cancel(self.active)
+            case str(kind) if kind.startswith("response."):
+                of = event.get("response_id") or event["response"]["id"]
+                if (answer := self.active) and answer.id == of:  # else it is over
+                    answer.life_at = now
+                    if kind == "response.done":
+                        self.response_done(answer, event["response"])
+                    elif kind.startswith("response.output_audio"):
+                        self.from_model(kind, answer, event, now)
+            case "session.updated" if not self.ready_at:
+                self.session_updated(event["session"]["audio"], now)
             case "error":
                 self.on_error(event["error"])
             case "input_audio_buffer.speech_started":
@@ -306,83 +281,61 @@ class Call:
             case "input_audio_buffer.timeout_triggered":
                 self.owe(pause_s=ANSWERS_S)  # idle_timeout_ms has passed: OpenAI speaks by itself
             case "conversation.item.input_audio_transcription.completed":
-                self.used(event.get("usage"), self.bridge.transcriber, "transcription")
+                self.used("transcription", event.get("usage"))
                 self.caller_said(event["item_id"], event["transcript"].strip())
             case "conversation.item.input_audio_transcription.failed":
                 self.fault(f"no words for a turn ({event.get('error')}): the call goes on")
                 self.caller_said(event["item_id"], "")
-            case "response.created":
-                self.response_created("" + event["response"]["id"], now)
-            case str(kind) if kind.startswith("response.") and (answer := self.active):
-                if answer.id == (event.get("response_id") or event["response"]["id"]):
-                    answer.life_at = now  # events of a response that is over mean nothing
-                    self.on_response(kind, answer, event)
         self.go_on()
 
-    def response_created(self, response_id: str, now: float) -> None:
-        """Nobody wants a response that begins while the caller speaks, or to a backchannel."""
-        unwanted = self.owed is None and now < self.unwanted_until
-        self.active, self.unwanted_until = Answer(response_id, now, now), 0.0
-        if unwanted or (self.speaking and not self.model_heard(now)):
-            self.cancel(self.active)
-
-    def on_response(self, kind: str, answer: Answer, event: Object) -> None:
-        match kind:
-            case "response.output_audio.delta":
-                self.from_model(answer, self.item_of(answer, event), event["delta"])
-            case "response.output_audio_transcript.delta":
-                item = self.item_of(answer, event)
+    def from_model(self, kind: str, answer: Answer, event: Object, now: float) -> None:
+        if not (item := self.playback.items.get("" + event["item_id"])):
+            item = Item(event["item_id"], answer.id, self.session)
+            self.playback.items[item.id] = item
+        if kind != "response.output_audio.delta":
+            if kind == "response.output_audio_transcript.done":
+                item.text = "" + event["transcript"]
+            elif kind == "response.output_audio_transcript.delta":
                 item.text += event["delta"]
                 if not answer.cut:
                     self.emit("model_words", item=item.id, text=event["delta"])
-            case "response.output_audio_transcript.done":
-                self.item_of(answer, event).text = "" + event["transcript"]
-            case "response.done":
-                self.response_done(answer, event["response"])
-
-    def item_of(self, answer: Answer, event: Object) -> Item:
-        item = Item("" + event["item_id"], answer.id, self.session, event.get("content_index", 0))
-        self.remember(item.id, "assistant", "")
-        return self.playback.items.setdefault(item.id, item)
-
-    def from_model(self, answer: Answer, item: Item, delta: str) -> None:
-        """A piece of the model's voice."""
-        size, now = len(base64.b64decode(delta, validate=True)), monotonic()
-        item.made += size
-        if answer.cut and not item.ends and item.heard_ms is None:  # it began after the cut
-            self.truncate(item, 0)
-        if answer.cut or not size or self.over.done():
+            self.remember(item.id, "assistant", item.heard_text)
             return
-        if self.playback.left_s(now) + size / 8000 > MAX_QUEUED_S:
+        mulaw = base64.b64decode(event["delta"], validate=True)
+        size = len(mulaw)
+        item.made += size
+        if answer.cut:
+            if not item.ends and item.heard_ms is None:  # it began after the cut
+                self.truncate(item)
+        elif self.playback.left_s(now) + size / 8000 > MAX_QUEUED_S:
             self.fault(f"speech beyond {MAX_QUEUED_S:g} s is dropped: its response is cancelled")
             self.cancel(answer)
-            return
-        self.stop_notices(now)
-        if not item.ends:
-            self.emit("model_started_speaking", item=item.id)
-        answer.sounded, self.tool_rounds = True, 0
-        if answer.created_at >= self.owed_at:
-            self.owed = None
-        self.to_twilio(item, delta, size, now)
-        if self.bridge.hooks.handling["model_audio"]:
-            self.emit("model_audio", mulaw=base64.b64decode(delta))
+        elif size and not self.over.done():
+            self.notices.clear()
+            if "" in self.playback.items:
+                self.clear(now)
+            if not item.ends:
+                self.emit("model_started_speaking", item=item.id)
+            answer.sounded, self.tool_rounds = True, 0
+            if answer.created_at >= self.owed_at:
+                self.owed = None
+            self.to_twilio(item, event["delta"], size, now)
+            if self.bridge.hooks.handling["model_audio"]:
+                self.emit("model_audio", mulaw=mulaw)
 
     def to_twilio(self, item: Item, payload: str, size: int, now: float) -> None:
-        """`media`, and the `mark` that Twilio returns when the caller has heard it."""
         if self.twilio:
             mark, sid = self.playback.add(item, size, now), f'"streamSid":"{self.stream_sid}"'
             self.twilio.put(f'{{"event":"media",{sid},"media":{{"payload":"{payload}"}}}}')
             self.twilio.put(f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}')
 
     # ── Turns and barge-in ──
-    #
     # A caller who speaks over the model is listened to for BARGE_IN_MS of voice first. 「はい」 or
     # a cough leaves the model alone, and OpenAI's response to it is not wanted. Longer speech
     # interrupts: `clear` empties Twilio's queue, each item is truncated in the model's memory at
     # what was heard of it, and what still comes of the response is dropped.
 
-    def model_heard(self, now: float) -> bool:
-        """The caller hears the model, or will in a moment again."""
+    def model_heard(self, now: float) -> bool:  # or will be in a moment again
         making = self.active and self.active.sounded and not self.active.cut
         return bool(making) or (self.playback.left_s(now) > 0 and "" not in self.playback.items)
 
@@ -391,104 +344,78 @@ class Call:
         self.emit("caller_started_speaking", item=item_id)
         at_once = self.bridge.barge_in_ms == 0 and self.echoes < MAX_ECHOES
         self.undecided = self.model_heard(now) and not at_once
-        self.last_second = not self.active and self.playback.left_s(now) < LAST_WORDS_S
         if not self.undecided:
-            self.barge_in(now)
+            self.stop_model(now)
         if self.undecided or self.ending:
             self.audio.voice = Voice(self.audio.last_second())
-            self.judge_voice()
 
-    def judge_voice(self) -> None:
-        """The caller speaks: interrupt the model, or call a hang-up off, when that is enough."""
-        if (voice := self.audio.voice) and self.speaking:
-            now, limit_ms = monotonic(), self.bridge.barge_in_ms
-            # OpenAI hears a caller who is too quiet for the measure.
-            enough = voice.ms >= limit_ms or now - self.speaking_at >= limit_ms / 1000 + 0.7
-            if self.undecided and enough and self.echoes < MAX_ECHOES:
-                self.barge_in(now)
-            if voice.ms >= CALLS_OFF_MS:
-                self.call_off(self.speaking)
-
-    def barge_in(self, now: float) -> None:
+    def stop_model(self, now: float, by_voice: bool = True) -> None:
         self.undecided = False
-        if self.active and self.bridge.barge_in_ms == 0:
+        if by_voice and self.active and self.bridge.barge_in_ms == 0:
             self.active.cut = True  # OpenAI cancels it by itself
-        if cut := self.stop_model(now):
-            self.echoes = self.echoes + 1 if (cut[0].heard_ms or 0) < ECHO_MS else 0
-
-    def stop_model(self, now: float) -> list[Item]:
-        """All that the model says stops: at Twilio and in its memory. Returns what was cut."""
-        if self.active and not self.active.cut:
+        elif self.active and not self.active.cut:
             self.cancel(self.active)
-        self.notices.clear()
-        cut = [item for item in self.clear(now) if item.id]
+        cut = self.clear(now)
         for item in cut:
-            self.truncate(item, item.heard_ms or 0)
+            self.truncate(item)
         for item in cut[:1]:
             self.last_words, sent_ms = item.text, (item.ends - item.begins) // 8
             self.emit("model_interrupted", item=item.id, heard_ms=item.heard_ms, sent_ms=sent_ms)
-        return cut
+            if by_voice:
+                self.echoes = self.echoes + 1 if (item.heard_ms or 0) < ECHO_MS else 0
 
-    def clear(self, now: float) -> list[Item]:
+    def clear(self, now: float) -> list[Item]:  # returns the items that the caller has not heard
+        self.notices.clear()
         if self.twilio and self.playback.marks:
             self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}')
-        return self.playback.cut(now)
-
-    def stop_notices(self, now: float) -> None:
-        """Somebody speaks: a sound of `play` stops."""
-        self.notices.clear()
-        if "" in self.playback.items:
-            self.clear(now)
+        return [item for item in self.playback.cut(now) if item.id]
 
     def cancel(self, answer: Answer) -> None:
         answer.cut = True
         self.to_openai("response.cancel", response_id=answer.id)
 
-    def truncate(self, item: Item, heard_ms: int) -> None:
-        item.heard_ms = heard_ms
+    def truncate(self, item: Item) -> None:
+        item.heard_ms = ms = item.heard_ms or 0
         if item.session == self.session:
-            where = {"item_id": item.id, "content_index": item.content_index}
-            self.to_openai("conversation.item.truncate", **where, audio_end_ms=heard_ms)
-        elif self.ready_at < math.inf:  # this session was told all of it
+            where = {"item_id": item.id, "content_index": 0}
+            self.to_openai("conversation.item.truncate", **where, audio_end_ms=ms)
+        else:  # this session was told all of it
             self.add_text("system", HEARD_ONLY + item.heard_text)
 
     def caller_stopped(self, item_id: str, now: float) -> None:
-        self.speaking, self.turns[item_id] = "", now
-        self.audio.turn = len(self.audio.kept)
+        last_sound_at = max(self.speaking_at, now - VAD_SILENCE_S)
+        self.speaking, self.turns[item_id], self.audio.turn = "", now, len(self.audio.kept)
         self.emit("caller_stopped_speaking", item=item_id)
-        making = self.active and not self.active.cut  # more of its words may come
-        # speech_stopped comes half a second after the caller's last sound.
-        late = not making and self.playback.left_s(now) < LAST_WORDS_S - VAD_SILENCE_S
-        heard_out = self.bridge.barge_in_ms == math.inf  # "off": what was said meanwhile counts
-        backchannel = self.undecided and not (self.last_second or late or heard_out)
+        # What is said at the model's last words is an answer, however short; "off": all is.
+        last_words = self.playback.left_s(last_sound_at) < LAST_WORDS_S
+        last_words = last_words and not (self.active and not self.active.cut)
+        backchannel = self.undecided and not last_words and self.bridge.barge_in_ms < math.inf
         self.undecided, self.audio.voice = False, None
         if backchannel or (self.ending and not self.ending.called_off_by):
             self.unwanted_until = now + UNWANTED_S
         else:
-            self.owe(pause_s=ANSWERS_S if self.server_answers else 0.0)
+            vad = self.bridge.session["audio"]["input"].get("turn_detection") or {}
+            self.owe(pause_s=ANSWERS_S if vad.get("create_response", True) else 0.0)
         if not self.bridge.transcriber:
             self.caller_said(item_id, "")
 
-    def caller_said(self, item_id: str, words: str) -> None:
-        """A turn's words have come, or "" when there are none: once for each turn."""
+    def caller_said(self, item_id: str, words: str) -> None:  # once for each turn; "": none
         if self.turns.pop(item_id, None) is None:
             return
         self.remember(item_id, "user", words)
+        self.emit("caller_said", item=item_id, text=words)
         if words and not self.speaking and not self.turns:
             self.audio.forget_turn()
-        bare = re.sub(r"\W", "", words)
-        if bare and bare not in re.sub(r"\W", "", self.last_words):  # else it may be an echo
-            self.echoes = 0
-        self.emit("caller_said", item=item_id, text=words)
-        if bare and not CLOSING.fullmatch(bare):
-            self.call_off(item_id)
-        elif bare and self.ending and self.ending.called_off_by == item_id:
-            self.ending.called_off_by = ""  # they took leave as well
+        if bare := re.sub(r"\W", "", words):
+            if bare not in re.sub(r"\W", "", self.last_words):  # else it may be an echo
+                self.echoes = 0
+            if not CLOSING.fullmatch(bare):
+                self.call_off(item_id)
+            elif self.ending and self.ending.called_off_by == item_id:
+                self.ending.called_off_by = ""  # they took leave as well
 
     # ── What the model owes the caller ──
-    #
     #     owed ─ 1.5 s ─ ask ─ 2.5 s ─ ask ─ 2.5 s ─ new session, ask ─ 2.5 s ─ apology
-    #
     # A response that fails, is refused, empty or never comes, and a session that is lost or deaf
     # are one case, because something is still owed.
 
@@ -496,79 +423,71 @@ class Call:
         """The model owes the caller its voice from now on; `again`: it still does."""
         if not again or self.owed is None:
             self.owed, self.owed_at = create or {}, monotonic()
-        asked_until = self.quiet_until if self.asked_at < math.inf else 0.0
+        asked_until = self.quiet_until if self.asked_at else 0.0  # a request is on its way
         self.quiet_until = max(monotonic() + pause_s, asked_until)
 
     def go_on(self) -> None:
-        """Do what is due, by what is true now."""
         now = monotonic()
-        if self.over.done() or not self.stream_sid:
-            return
-        self.settle(now)
-        if self.notices and not self.model_heard(now) and not self.playback.left_s(now):
-            mulaw, item = self.notices.popleft(), Item("")
-            self.playback.items[""] = item
-            self.to_twilio(item, base64.b64encode(mulaw).decode(), len(mulaw), now)
-        if not self.failed:
-            self.look_after_model(now)
-        if self.ending:
-            self.look_after_ending(self.ending, now)
-
-    def settle(self, now: float) -> None:
-        """Tell what is known now of how much the caller has heard."""
-        for item in self.playback.settle(now, self.active.id if self.active else None):
+        for item in self.playback.settle(now, self.active.id if self.active else ""):
             if item.id and item.ends:
                 self.remember(item.id, "assistant", item.heard_text)
                 if item.heard_ms is None:
                     self.last_words, self.echoes = item.text, 0
-                facts = {"item": item.id, "text": item.text, "heard_ms": item.heard_ms}
-                self.emit("model_said", **facts)
+                self.emit("model_said", item=item.id, text=item.text, heard_ms=item.heard_ms)
+        if not self.failed and not self.over.done():
+            self.look_after_model(now)
+        if self.notices and not (self.playback.left_s(now) or self.model_heard(now)):
+            mulaw, item = self.notices.popleft(), self.playback.items.setdefault("", Item(""))
+            self.to_twilio(item, base64.b64encode(mulaw).decode(), len(mulaw), now)
+        if (ending := self.ending) and self.stream_sid:
+            # Words that come in a moment may call it off.
+            talks = self.speaking or any(now - at < ANSWERS_S for at in self.turns.values())
+            waits = self.busy or self.notices or self.playback.marks or (talks and not ending.final)
+            if ending.called_off_by and (self.busy or self.speaking):
+                ending.deadline = now + CALLED_OFF_S
+            if now > ending.deadline or not (waits or ending.called_off_by):
+                self.end(ending.reason, ending.twiml)
 
     def look_after_model(self, now: float) -> None:
         if (answer := self.active) and now - answer.life_at > DEAD_S:
-            wanted = not answer.cut
+            self.fault(f"a response gave no sign of life for {DEAD_S:g} s: cancelled")
+            if not answer.cut:
+                self.owe(again=True)
             self.cancel(answer)
             self.active = None
-            self.fault(f"a response gave no sign of life for {DEAD_S:g} s: cancelled")
-            if wanted:
-                self.owe(again=True)
-        if self.ready_at < math.inf and now - self.asked_at > DEAF_S:
-            self.replace_session(f"OpenAI has not reacted for {DEAF_S:g} s")
+        sounds = self.active and self.active.sounded
+        waits = self.owed is not None and not (sounds or self.speaking or self.tools)
         limit_s = SILENCE_S if self.history else GREETING_S
-        if self.ready_at == math.inf and now - self.lost_at > SESSION_S:
+        due = waits and self.ready_at and not self.active and now >= self.quiet_until
+        if not self.ready_at and now - self.lost_at > SESSION_S:
             self.give_up(f"no session for {SESSION_S:g} s ({self.cause or 'no answer'})")
-        elif self.owed is None or self.speaking or self.tools:
-            return
-        elif now - self.owed_at > limit_s and not (self.active and self.active.sounded):
+        elif waits and now - self.owed_at > limit_s:
             self.give_up(f"no sound for {limit_s:g} s")
-        elif self.ready_at < math.inf and not self.active and now >= self.quiet_until:
-            if self.attempts == 2:
-                self.attempts = 3
-                self.replace_session("the model was asked twice and said nothing")
-            elif self.attempts < 4:
-                self.ask()
-            else:
-                self.give_up("the model says nothing, in a new session as well")
-
-    def ask(self) -> None:
-        """Ask the model to speak: response.create."""
-        now, create, self.attempts = monotonic(), self.owed or {}, self.attempts + 1
-        self.asked_at, self.quiet_until = min(self.asked_at, now), now + ASK_AGAIN_S
-        if self.tool_rounds >= MAX_TOOL_ROUNDS:
-            create = create | {"tool_choice": "none"}
-        self.to_openai("response.create", event_id="ask", response=create)
-        self.emit("model_asked")
+        elif due and self.attempts > 3:
+            self.give_up("the model says nothing, in a new session as well")
+        elif (self.asked_at and now - self.asked_at > DEAF_S) or (due and self.attempts == 2):
+            self.fault("the model was asked and says nothing: a new session")
+            if self.owed is None:
+                self.owed, self.owed_at = {}, self.asked_at
+            self.attempts += bool(due)
+            self.ready_at, self.asked_at, self.lost_at = 0.0, 0.0, now
+            self.bridge.close(self.openai)  # `keep_session` connects again
+        elif due:
+            self.attempts, self.asked_at = self.attempts + 1, self.asked_at or now
+            self.quiet_until = now + ASK_AGAIN_S
+            more = {"tool_choice": "none"} if self.tool_rounds >= MAX_TOOL_ROUNDS else {}
+            self.to_openai("response.create", event_id="ask", response=(self.owed or {}) | more)
+            self.emit("model_asked")
 
     def response_done(self, answer: Answer, response: Object) -> None:
-        """A response is over: completed, cancelled, failed or incomplete."""
         status, details = response.get("status", "completed"), response.get("status_details") or {}
         error = details.get("error") or {}
         why = f"{error.get('code') or details.get('reason') or status}"
         calls = [item for item in response.get("output") or [] if item["type"] == "function_call"]
         calls = [call for call in calls if call.get("status", "completed") == "completed"]
         self.active = None
-        self.used(response.get("usage"), self.bridge.model, "response")
-        if is_final(error):
+        self.used("response", response.get("usage"))
+        if FINAL & set(map(str, error.values())):
             self.give_up(f"{why}: {error.get('message')}")
         elif status == "completed" and calls:
             self.owed, self.attempts = None, 0
@@ -583,148 +502,109 @@ class Call:
         elif status in ("failed", "incomplete"):
             self.fault(f"a response broke off ({why}): the call goes on")
 
-    async def use_tools(self, calls: list[Object], answer: Answer) -> None:
-        """Run what the model called, side by side; then let it speak, once."""
-        uses = [self.use_tool(call, answer.cut) for call in calls]
-        wanted = await asyncio.gather(*uses, return_exceptions=True)  # one may have no name
-        self.tools = None
+    async def use_tools(self, calls: list[Object], answer: Answer) -> None:  # side by side
+        wanted = await asyncio.gather(*(self.use_tool(call, answer.cut) for call in calls))
+        self.tools = None  # run_tool never raises
         if any(wanted) and not (self.ending and answer.sounded):  # one goodbye is enough
             self.owe()
         self.go_on()
 
-    async def use_tool(self, call: Object, cut: bool) -> bool:
-        """Run one tool. Returns whether the model is to speak about the result."""
+    async def use_tool(self, call: Object, cut: bool) -> bool:  # is the model to speak about it?
         session, began_at, call_id = self.session, monotonic(), call.get("call_id")
-        name, arguments = str(call["name"]), str(call.get("arguments") or "{}")
-        result: str | None = "The caller spoke over this, so it was not done."
-        if not cut:  # 「はい」 must not book anything
-            result = await self.bridge.hooks.run_tool(self, name, arguments)
-        text = result or ""
-        known = f"{name}({arguments}) → {text}"
-        if session == self.session and self.ready_at < math.inf:
+        name, arguments = str(call.get("name")), str(call.get("arguments") or "{}")
+        # 「はい」 must not book anything.
+        result = NOT_DONE if cut else await self.bridge.hooks.run_tool(self, name, arguments)
+        text, seconds = result or "", monotonic() - began_at
+        self.remember(f"tool {call_id}", "system", known := f"{name}({arguments}) → {text}")
+        if session == self.session:
             item = {"type": "function_call_output", "call_id": call_id, "output": text}
             self.to_openai("conversation.item.create", item=item)
-            self.remember(f"tool {call_id}", "system", known)
         else:  # the session that called it is gone: the next one is told in words
-            self.tell(known)
-        facts = {"name": name, "arguments": arguments, "result": text}
-        self.emit("tool_used", **facts, seconds=monotonic() - began_at)
+            self.add_text("system", known)
+        self.emit("tool_used", name=name, arguments=arguments, result=text, seconds=seconds)
         return result is not None and not cut
 
     # ── The session with the model ──
-    #
     # It is connected at the webhook, so that the greeting is being made when the stream opens. A
     # new session knows nothing: it is told what both sides have said, of a cut item only what was
     # heard. Then it gets the caller's audio that the old one had not answered.
 
     async def keep_session(self) -> None:
-        """Have a session as long as the call lasts, or until `look_after_model` gives it up."""
         pause_s = 0.25
         while not self.failed:
-            final, openai = False, None
             try:
                 async with self.bridge.connect() as openai:
                     self.openai, self.session = openai, self.session + 1
                     openai.handle = self.from_openai
                     self.to_openai("session.update", session=self.bridge.session)
                     await openai.read()
-                cause = f"closed with {openai.close_code} {openai.close_reason}".strip()
-                final = 3000 <= (openai.close_code or 0) < 5000  # OpenAI itself refuses
-            except InvalidStatus as refusal:
-                status, body = refusal.response.status_code, bytes(refusal.response.body or b"")
-                cause = f"HTTP {status}: is OPENAI_API_KEY right, and paid for?"
-                final = status < 500 and status not in (408, 425, 429)  # those pass
-                final = final or any(code.encode() in body for code in FINAL)
-            except Exception as exc:  # reset, a broken handshake, a name that is not found …
-                cause = str(exc) or type(exc).__name__
-            if (now := monotonic()) - self.ready_at > LASTED_S:
+                code, why = openai.close_code or 0, openai.close_reason or ""
+                cause = f"closed with {code} {why}"
+            except Exception as exc:  # refused, reset, a broken handshake, an unknown name …
+                cause, refusal = str(exc) or type(exc).__name__, getattr(exc, "response", None)
+                code, why = (refusal.status_code, str(refusal.body)) if refusal else (0, "")
+            if self.ready_at and (now := monotonic()) - self.ready_at > LASTED_S:
                 self.lost_at, pause_s, self.cause = now, 0.25, ""
-            self.forget_session()
-            if final:
-                self.give_up(cause)
+            # What was in progress is over. The texts and the caller's audio stay.
+            self.ready_at = self.asked_at = 0.0
+            if self.active and not self.active.cut:
+                self.owe(again=True)
+            self.active = None
+            self.caller_said(
+                self.speaking, ""
+            )  # the new session hears that turn from its beginning
+            self.speaking, self.undecided, self.audio.voice = "", False, None
+            if code in REFUSALS or any(word in why for word in FINAL):
+                self.give_up(f"{cause} (are OPENAI_API_KEY and the model right, and paid for?)")
             elif cause != self.cause and not self.failed:
                 self.fault(f"no session with OpenAI ({cause}): connecting again")
             self.cause = cause
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, 1.0)
 
-    def session_updated(self, audio: Object) -> None:
-        """OpenAI accepts our session.update, and says what it made of it."""
-        if self.ready_at < math.inf or not self.openai:
-            return
+    def session_updated(self, audio: Object, now: float) -> None:  # what OpenAI made of it
         if any(audio[way]["format"]["type"] != "audio/pcmu" for way in ("input", "output")):
             self.give_up("OpenAI grants another format than audio/pcmu: that would be noise")
             return
-        turns = audio["input"].get("turn_detection") or {}
-        self.server_answers, self.ready_at = turns.get("create_response", True), monotonic()
+        self.ready_at = now
         for role, text in self.history.values():
             if text:
                 self.add_text(role, text)
-        if self.owed is not None and not self.audio.turn:
-            self.ask()
-        self.quiet_until = monotonic() + ASK_AGAIN_S  # it may hear a turn in what follows
         if self.audio.dropped:
             self.log.warning("the new session misses %d ms of audio", self.audio.dropped * 20)
         for payload in self.audio.kept:
             self.to_openai("input_audio_buffer.append", audio=payload)
-        if not self.stream_sid:  # what it says waits unread until the caller is there
+        self.quiet_until = now + ASK_AGAIN_S if self.audio.turn else 0.0  # it may hear that turn
+        if self.openai and not self.stream_sid:  # what it says waits unread for the caller
             self.openai.transport.pause_reading()
 
-    def replace_session(self, why: str) -> None:
-        """The session is of no use: `keep_session` connects again when it is closed."""
-        self.fault(f"{why}: a new session")
-        if self.owed is None:
-            self.owe()
-            self.owed_at -= DEAF_S  # the caller has waited
-        self.ready_at = self.asked_at = math.inf
-        self.lost_at = monotonic()
-        self.bridge.close(self.openai)
-
-    def forget_session(self) -> None:
-        """What was in progress in the session is over. The texts and the caller's audio stay."""
-        self.ready_at = self.asked_at = math.inf
-        if self.active and not self.active.cut:
-            self.owe(again=True)
-        self.active = None
-        for item in self.playback.items.values():  # what Twilio has of them is heard
-            self.remember(item.id, "assistant", item.heard_text)
-        if item_id := self.speaking:  # the new session hears that turn from its beginning
-            self.speaking, self.undecided = "", False
-            self.caller_said(item_id, "")
-
-    def on_error(self, error: Object) -> None:
-        """Most errors are recoverable, and the session stays open: the call goes on."""
-        text, heard = f"{error.get('code')}: {error.get('message')}", self.bridge.session["audio"]
-        if is_final(error):
-            self.give_up(text)
-        elif self.ready_at < math.inf:
-            if error.get("code") not in HARMLESS:
-                self.fault(f"{text}: the call goes on")
-            if error.get("event_id") == "ask":
-                self.quiet_until = monotonic() + FAILED_S
-        elif "transcription" in str(error) and heard["input"].pop("transcription", None):
+    def on_error(self, error: Object) -> None:  # most are recoverable, and the session stays open
+        text, hears = f"{error.get('code')}: {error.get('message')}", self.bridge.session["audio"]
+        optional = not self.ready_at and "transcription" in str(error)
+        if optional and hears["input"].pop("transcription", None):
             self.fault(f"{text}: from now on without transcription")
             self.bridge.transcriber = ""
             self.to_openai("session.update", session=self.bridge.session)
-        else:
-            self.give_up(f"OpenAI refuses the session: {text} ({error.get('param')})")
+        elif not self.ready_at or FINAL & set(map(str, error.values())):
+            self.give_up(f"OpenAI refuses: {text} ({error.get('param')})")
+        elif error.get("code") not in HARMLESS:
+            self.fault(f"{text}: the call goes on")
+        if error.get("event_id") == "ask":
+            self.quiet_until = monotonic() + FAILED_S
 
-    def fault(self, error: str) -> None:
-        """Something of the model's side failed; `error` also says what the bridge does about it."""
+    def fault(self, error: str) -> None:  # it also says what the bridge does about it
         self.log.warning("%s", error)
         self.emit("model_failed", error=error)
 
-    def give_up(self, why: str) -> None:
-        """No model can be reached: the caller hears an apology, not silence."""
+    def give_up(self, why: str) -> None:  # the caller hears an apology, not silence
         if not self.failed and not self.over.done():
-            self.failed = why
+            self.failed, self.ready_at = why, 0.0
             self.fault(f"{why}: the caller hears an apology")
-            self.forget_session()
             self.bridge.close(self.openai)
             self.end_when_heard("model lost", say(APOLOGY), final=True)
 
     def to_openai(self, kind: str, **content: Any) -> None:
-        if self.openai:
+        if self.openai and (self.ready_at or kind == "session.update"):
             self.openai.put(json.dumps({"type": kind, **content}, ensure_ascii=False))
 
     def add_text(self, role: str, text: str) -> None:
@@ -732,15 +612,9 @@ class Call:
         item = {"type": "message", "role": role, "content": [content]}
         self.to_openai("conversation.item.create", item=item)
 
-    def tell(self, text: str) -> None:
-        """Tell the model what nobody has said: this session, and each later one."""
-        self.remember(f"told {secrets.token_hex(8)}", "system", text)
-        if self.ready_at < math.inf:
-            self.add_text("system", text)
-
     def remember(self, item_id: str, role: str, text: str) -> None:
-        """Who said what, in the order of the conversation. "" only takes the place."""
-        if item_id and (text or item_id not in self.history):
+        """Who said what, in the order of the conversation. The caller's "" only takes the place."""
+        if item_id and (text or role == "assistant" or item_id not in self.history):
             self.history[item_id] = (role, text)
             if len(self.history) > MAX_HISTORY:
                 del self.history[next(iter(self.history))]
@@ -756,31 +630,24 @@ class Call:
     def tell_model(self, text: str) -> None:
         """Tell the model something that the caller has not said, and let it speak about that."""
         self.soon(lambda: self.tell(text))
-        self.soon(self.owe)
 
     def interrupt(self) -> None:
         """Stop what the model says, exactly as a caller's barge-in does."""
-        self.soon(lambda: self.stop_model(monotonic()))
+        self.soon(lambda: self.stop_model(monotonic(), by_voice=False))
 
     def play(self, mulaw: bytes) -> None:
-        """Let the caller hear at most a minute of G.711 mu-law, 8 kHz, when the model is silent.
-
-        A barge-in or the model's next words stop it.
-        """
+        """Play G.711 mu-law, 8 kHz, a minute at most, when the model is silent. Its next words, or
+        the caller's, stop it."""
         self.soon(lambda: self.notices.append(bytes(mulaw[: 60 * 8000])))
 
     def hang_up(self, final: bool = False) -> None:
-        """End the call when the caller has heard what the model says.
-
-        A caller who goes on talking calls it off, unless it is `final`; the model is told so.
-        """
+        """End the call when the caller has heard what the model says. A caller who goes on talking
+        calls it off, unless it is `final`; the model is told so."""
         self.soon(lambda: self.end_when_heard("hung up", HANG_UP, final))
 
     def transfer(self, number: str) -> None:
         """Connect the caller with another telephone when they have heard what the model says.
-
-        Raises ValueError for what is no number in E.164 form, such as +81312345678.
-        """
+        Raises ValueError for what is no number in E.164 form, such as +81312345678."""
         if not E164.fullmatch(number):
             raise ValueError("that is no telephone number: give one such as +81312345678 (E.164)")
         # Twilio shows the caller's own number to the other side, unless that is none.
@@ -790,70 +657,52 @@ class Call:
         self.soon(lambda: self.end_when_heard("transferred", after, final=True))
 
     def soon(self, act: Callable[[], object]) -> None:
-        """Do it on the loop, unless the call is over by then."""
         with contextlib.suppress(RuntimeError):  # the bridge has ended
-            self.loop.call_soon_threadsafe(self.at_once, act)
+            self.loop.call_soon_threadsafe(lambda: self.over.done() or act())
+            self.loop.call_soon_threadsafe(self.go_on)
 
-    def at_once(self, act: Callable[[], object]) -> None:
-        if not self.over.done():
-            act()
-            self.go_on()
+    def tell(self, text: str) -> None:
+        self.remember(f"told {secrets.token_hex(8)}", "system", text)
+        self.add_text("system", text)
+        self.owe()
 
     def emit(self, event: str, **facts: Any) -> None:
         if self.stream_sid:  # before, call_started has not been told
             self.bridge.hooks.emit(event, self, monotonic(), facts)
 
-    def used(self, usage: Object | None, model: str, kind: str) -> None:
-        self.emit("model_used", usage=usage, model=model, kind=kind)
+    def used(self, kind: str, usage: Object | None) -> None:
+        if model := self.bridge.model if kind == "response" else self.bridge.transcriber:
+            self.emit("model_used", usage=usage, model=model, kind=kind)
 
     # ── The end ──
-    #
     #     hang_up, transfer, limits, give_up, shutdown ── end_when_heard ── heard ──┐
     #     `stop`, a lost stream ────────────────────────────────────────────────────┴─ end ── live
 
     def end_when_heard(self, reason: str, twiml: str, final: bool = False) -> None:
-        """End the call when the caller has heard what is being said, or a limit passes."""
         now, ending = monotonic(), self.ending
         if ending and (ending.final or (final and reason != "transferred")):
             ending.final, ending.called_off_by = True, ""
         else:
-            deadline = now + self.playback.left_s(now) + GOODBYE_S
-            self.ending = Ending(reason, twiml, final, deadline)
+            self.ending = Ending(reason, twiml, final, now + self.playback.left_s(now) + GOODBYE_S)
 
-    def call_off(self, item_id: str) -> None:
-        """The caller goes on talking: the call does not end yet, and the model is told so."""
+    def call_off(self, item_id: str) -> None:  # the caller goes on talking: no end yet
         ending = self.ending
         if ending and not ending.final and not ending.called_off_by:
-            ending.called_off_by, ending.quiet_since = item_id, math.inf
+            ending.called_off_by, ending.deadline = item_id, monotonic() + CALLED_OFF_S
             self.log.info("%s is called off: the caller goes on talking", ending.reason)
             self.tell(CALLED_OFF)
-            if not self.speaking:
-                self.owe()
         elif ending and ending.called_off_by not in ("", item_id):  # they go on and on
             self.ending = None
-
-    def look_after_ending(self, ending: Ending, now: float) -> None:
-        if ending.called_off_by:
-            since = math.inf if self.busy or self.speaking else min(ending.quiet_since, now)
-            ending.quiet_since, due = since, now - since > CALLED_OFF_S
-        else:  # words that come in a moment may call it off
-            talks = self.speaking or any(now - at < ANSWERS_S for at in self.turns.values())
-            waits = self.busy or self.notices or self.playback.marks or (talks and not ending.final)
-            due = now > ending.deadline or not waits
-        if due:
-            self.end(ending.reason, ending.twiml)
 
     def end(self, reason: str, twiml: str = "") -> None:
         """End the call now. Without TwiML it is not the bridge that ends it."""
         if not self.over.done():
             twiml = twiml or ("" if self.stream_sid else say(APOLOGY))  # no stream came
-            past = Past(twiml, self.history, self.notes, self.reconnects)
-            self.bridge.ended(self.sid, past)
+            self.bridge.ended(self.sid, Past(twiml, self.history, self.notes, self.reconnects))
             self.over.set_result(reason)
 
-    def tick(self) -> None:
-        """Four times a second: all that time alone brings about."""
-        now = monotonic()
+    def tick(self) -> None:  # four times a second: all that time alone brings about
+        now, audio = monotonic(), self.audio
         self.timer = self.loop.call_later(TICK_S, self.tick)
         if not self.stream_sid:
             if now - self.began_at > UNCLAIMED_S:
@@ -861,41 +710,51 @@ class Call:
             return
         if now - self.began_at > self.bridge.settings.max_call_seconds:
             self.end_when_heard("time limit", say(TIME_IS_UP), final=True)
-        if self.speaking and (gap_s := now - self.audio.frame_at) > STALL_S:
-            self.fill(self.audio.take(self.audio.position_ms + gap_s * 1000, 0, now))
+        if self.speaking and (gap_s := now - audio.frame_at) > STALL_S:
+            self.from_caller("", audio.position_ms + gap_s * 1000)
         for item_id, stopped_at in list(self.turns.items()):
             if now - stopped_at > WORDS_S:
                 self.caller_said(item_id, "")
         # A session that is deaf sends no event, not even that the caller speaks. So a caller who
         # was loud, and has been silent for a while since the last event, is a reason to ask.
-        quiet_s, ready = self.audio.listen(now), self.ready_at < math.inf
-        if ready and self.audio.unnoticed and quiet_s > 2 and self.asked_at == math.inf:
+        quiet_s = audio.listen(now)
+        if self.ready_at and audio.unnoticed and quiet_s > 2 and not self.asked_at:
             self.asked_at = now
             self.to_openai("session.update", session={"type": "realtime"})  # changes nothing
         if self.speaking and min(quiet_s, now - self.speaking_at) > TURN_LOST_S:
             self.caller_stopped(self.speaking, now)  # its speech_stopped was lost
-        self.judge_voice()
         self.go_on()
 
     def open_stream(self, twilio: TwilioConnection, stream_sid: str) -> None:
-        """Twilio's `start`: the caller is there, and hears what the model says from now on."""
         now = monotonic()
         self.twilio, self.stream_sid, twilio.handle = twilio, stream_sid, self.from_twilio
         self.audio.frame_at = self.owed_at = now
         self.emit("call_started")
-        if self.openai and self.ready_at < math.inf:
+        if self.openai:
             self.openai.transport.resume_reading()
-            if self.owed is not None:  # and asked for already
-                self.asked_at, self.quiet_until = now, now + ASK_AGAIN_S
-                self.emit("model_asked")
+        if self.attempts:  # the greeting is asked for already
+            self.asked_at, self.quiet_until = now, now + ASK_AGAIN_S
+            self.emit("model_asked")
         self.go_on()
 
     async def live(self) -> None:
-        """The call from the webhook until both sides are closed."""
         session, reason = asyncio.create_task(self.keep_session()), "shutdown"
         try:
             reason = await self.over
-            await self.finish()
+            self.playback.cut(monotonic())
+            self.bridge.close(self.twilio)
+            until = monotonic() + WORDS_AT_END_S  # OpenAI may still owe words and usage
+            while self.ready_at and monotonic() < until:
+                if not self.active and all(at == math.inf for at in self.turns.values()):
+                    break
+                await asyncio.sleep(0.02)
+            if self.active:
+                self.used("response", None)
+                self.active = None
+            self.go_on()
+            for item_id in list(self.turns):
+                self.used("transcription", None)
+                self.caller_said(item_id, "")
         finally:
             self.timer.cancel()
             tasks = [task for task in (session, self.tools) if task]
@@ -906,48 +765,20 @@ class Call:
                 del self.bridge.calls[self.sid]
             self.emit("call_ended", reason=reason)
 
-    async def finish(self) -> None:
-        """Wait a moment for the words and the usage that OpenAI still owes, and settle the rest."""
-        self.playback.cut(monotonic())
-        self.bridge.close(self.twilio)
-        until = monotonic() + WORDS_AT_END_S
-        while self.stream_sid and self.ready_at < math.inf and monotonic() < until:
-            if not self.active and all(at == math.inf for at in self.turns.values()):
-                break
-            await asyncio.sleep(0.02)
-        if self.active:
-            self.used(None, self.bridge.model, "response")
-            self.active = None
-        self.settle(monotonic())
-        for item_id in list(self.turns):
-            if self.bridge.transcriber:
-                self.used(None, self.bridge.transcriber, "transcription")
-            self.caller_said(item_id, "")
-
-
-def is_final(error: Object) -> bool:
-    """Trying again cannot help. Used-up credit is told by the code or by the type."""
-    return bool(FINAL & {str(error.get("code")), str(error.get("type"))})
-
 
 def session_update(settings: Settings, model: str, tools: list[Object]) -> tuple[Object, float]:
-    """The `session` of session.update in its GA form, and the ms of voice that interrupt.
-
-    OpenAI refuses a session with an unknown key as a whole. With BARGE_IN_MS above 0 it is the
-    bridge that interrupts. SESSION's own interrupt_response wins: false is "off", true is 0.
-    """
+    """The `session` of session.update, and the ms of voice that interrupt. OpenAI refuses a session
+    with an unknown key as a whole. With BARGE_IN_MS above 0 it is the bridge that interrupts, but
+    SESSION's own interrupt_response wins: false is "off", true is 0."""
     pcmu = {"type": "audio/pcmu"}  # 8 kHz by definition: a `rate` key is an unknown parameter
     # Documented and observed defaults differ (silence_duration_ms: 500, 200): all are written out.
     vad = {"type": "server_vad", "threshold": 0.5, "prefix_padding_ms": 300}
     audio: Object = {"format": pcmu, "turn_detection": vad | {"silence_duration_ms": 500}}
     if settings.transcription_model:
         audio["transcription"] = {"model": settings.transcription_model}
-    session: Object = {
-        "type": "realtime",
-        "output_modalities": ["audio"],  # or a model may reply with text that nobody hears
-        "instructions": settings.instructions,
-        "audio": {"input": audio, "output": {"format": pcmu, "voice": settings.voice}},
-    }
+    session: Object = {"type": "realtime", "instructions": settings.instructions}
+    session["audio"] = {"input": audio, "output": {"format": pcmu, "voice": settings.voice}}
+    session["output_modalities"] = ["audio"]  # or a model may reply with text that nobody hears
     if re.match(r"gpt-realtime-2(\.\d+)?(-|$)", model):  # those that reason
         session["reasoning"] = {"effort": "low"}
     if tools:
@@ -965,38 +796,32 @@ def merge_patch(target: Any, patch: Any) -> Any:
     """RFC 7396; but an object whose `type` the patch changes is replaced."""
     if not isinstance(patch, Mapping):
         return patch
-    merged = dict(target) if isinstance(target, Mapping) else {}
-    if patch.get("type", merged.get("type")) != merged.get("type"):
-        merged = {}
+    old = target if isinstance(target, Mapping) else {}
+    merged = dict(old) if patch.get("type", old.get("type")) == old.get("type") else {}
     merged |= {key: merge_patch(merged.get(key), value) for key, value in patch.items()}
     return {key: value for key, value in merged.items() if value is not None}
 
 
 # ── 3 Playback ──────────────────────────────────────────────────────────────────────────────────
 #
-# OpenAI sends speech several times faster than it is spoken, and Twilio queues it and plays it in
-# order and without a pause. So one line of bytes and one clock tell what the caller has heard.
-# Positions are bytes of sound since the call began:
+# OpenAI sends speech several times faster than it is spoken. Twilio queues it, and plays it in
+# order and without a pause. So one line of bytes and one clock tell what the caller has heard:
 #
-#       item A                    item B
-#     ├─────────────────────────┼──────────────────────────┤
-#             ↑ heard                                      ↑ sent: will be played at `ends_at`
+#     ├── item A ───────────────┼── item B ─────────────────┤
+#             ↑ heard                                       ↑ sent: will be played at `ends_at`
 #
-# A mark follows each piece and is named by its position. Twilio returns it when all before it has
-# been played, which sets the clock right. After `clear` Twilio returns the flushed marks as well;
-# they are no longer in `marks`, so their return means nothing.
+# A mark follows each piece and is named by its position, which is bytes since the call began.
+# Twilio returns it when all before it has been played, which sets the clock right. Those that
+# `clear` flushes come back as well; they are no longer in `marks`, so they mean nothing.
 
 MARK_PATIENCE_S = 2.0  # a mark that is later than this will not come: the clock counts
 
 
 @dataclass(slots=True)
-class Item:
-    """A conversation item that the model speaks. A response may hold several."""
-
+class Item:  # a conversation item that the model speaks; a response may hold several
     id: str  # OpenAI's; "" is a sound from outside the model (`Call.play`)
     response_id: str = ""
     session: int = 0  # a later session does not know it
-    content_index: int = 0
     begins: int = 0  # position of its first byte
     ends: int = 0  # position behind the last byte that Twilio was given; 0: nothing so far
     made: int = 0  # bytes that OpenAI sent, those included that nobody will hear
@@ -1004,15 +829,12 @@ class Item:
     heard_ms: int | None = None  # where a barge-in cut it
 
     @property
-    def heard_text(self) -> str:
-        """Of an item that was cut, the share of its words that was heard."""
+    def heard_text(self) -> str:  # of an item that was cut, the share of its words that was heard
         heard = 1.0 if self.heard_ms is None else self.heard_ms * 8 / max(1, self.made)
         return self.text[: round(len(self.text) * heard)]
 
 
-class Playback:
-    """What Twilio was given, and how much of it the caller has heard. No I/O."""
-
+class Playback:  # what Twilio was given, and how much of it the caller has heard; no I/O
     def __init__(self) -> None:
         self.sent, self.ends_at = 0, 0.0  # bytes; when the last of them will have been played
         self.marks: deque[int] = deque()  # positions of the marks that Twilio has not returned
@@ -1032,29 +854,24 @@ class Playback:
                 self.marks.popleft()
             self.ends_at = now + (self.sent - position) / 8000
 
-    def left_s(self, now: float) -> float:
-        """How long the caller goes on hearing what Twilio has."""
+    def left_s(self, now: float) -> float:  # how long the caller goes on hearing what Twilio has
         return max(0.0, self.ends_at - now) if self.marks else 0.0
 
-    def heard(self, now: float) -> int:
-        """The position that the caller has heard up to: never beyond a mark that is still out."""
+    def heard(self, now: float) -> int:  # up to this position, but never beyond a mark that is out
         return min(self.sent - int(self.left_s(now) * 8000), *self.marks, self.sent)
 
     def cut(self, now: float) -> list[Item]:
         """Twilio's queue is cleared. Returns the items that were not heard to their end."""
-        heard = self.heard(now)
+        heard, self.ends_at = self.heard(now), now
         self.marks.clear()
-        self.ends_at = now
         cut = [item for item in self.items.values() if item.ends > heard]
         for item in cut:
             item.heard_ms = max(0, heard - item.begins) // 8
         return cut
 
     def settle(self, now: float, active: str | None) -> list[Item]:
-        """Takes out, and returns, the items of which it is known now how much was heard.
-
-        `active` is the response in progress, whose items are not complete yet.
-        """
+        """Takes out the items of which it is known now how much was heard, but not those of the
+        `active` response, because more of them may come."""
         if now > self.ends_at + MARK_PATIENCE_S:
             self.marks.clear()
         out = self.marks[0] if self.marks else self.sent + 1
@@ -1070,35 +887,25 @@ class Playback:
 # The model hears by the call's clock: 20 ms of sound for each 20 ms. Twilio sometimes leaves a gap:
 # timestamps jump, or nothing comes for a while. Then the model would wait for ever for the end of a
 # sentence, so gaps are filled with silence. `position_ms` counts both, so that sound which comes
-# late is not padded twice.
-#
-# What a new session would need is kept: all since the caller began to speak, until that turn is
-# known in words or answered; else the last second.
+# late is not padded twice. What a new session would need is kept: all since the caller began to
+# speak, until that turn is known in words or answered; else the last second.
 #
 # Voice is what is twice as loud as the noise of this call. A mu-law byte is nearly a logarithm, so
 # a mean of them is a loudness. 16 steps are 6 dB, and from -48 dBFS down the steps are even, so the
 # same 16 are the floor of a silent call. The noise is the quietest fifth of the last second.
 
 GAP_MS, STALL_S = 40.0, 0.75  # less is jitter: of timestamps, and without a frame
-PREROLL, KEPT = 50, 3000  # payloads of 20 ms: kept while nobody speaks; at most
-FRAME = 160  # bytes, 20 ms
+PREROLL, KEPT, FRAME = 50, 3000, 160  # payloads while nobody speaks, and at most; bytes of 20 ms
 LOUDNESS = bytes(127 - (byte & 127) for byte in range(256))  # of each mu-law byte; 0 is silence
 LOUDER = 16  # steps above the noise
 PAUSE_MS = 200.0  # inside a word: the stop in 「ちょっと」 is 150 ms; a longer pause ends the voice
-
-
-def size_of(payload: str) -> int:
-    """The number of bytes in base64 text, without decoding it."""
-    return len(payload) * 3 // 4 - payload[-2:].count("=")
 
 
 def loudness(mulaw: bytes) -> float:
     return sum(mulaw.translate(LOUDNESS)) / max(1, len(mulaw))
 
 
-class Voice:
-    """How many ms of voice there are without a pause, up to now. `before` tells the noise."""
-
+class Voice:  # how many ms of voice there are without a pause, up to now; `before` tells the noise
     def __init__(self, before: bytes) -> None:
         levels = sorted(loudness(before[at : at + FRAME]) for at in range(0, len(before), FRAME))
         self.limit = LOUDER + (levels[len(levels) // 5] if levels else 0)
@@ -1116,13 +923,11 @@ class Voice:
                     self.ms = self.pause_ms = 0.0
 
 
-class CallerAudio:
-    """The caller's audio on its way to the model. No I/O; payloads are base64 as they came."""
-
+class CallerAudio:  # the caller's audio on its way to the model; no I/O
     def __init__(self) -> None:
         self.position_ms = -1.0  # how far the model has heard, by Twilio's timestamps
         self.frame_at = 0.0  # when the last frame came
-        self.kept: deque[str] = deque()  # payloads, usually 20 ms each
+        self.kept: deque[str] = deque()  # payloads, base64 as they came, usually 20 ms each
         self.turn = self.dropped = 0  # those of a turn that ended; those that were too many
         self.voice: Voice | None = None  # only while it matters how much voice there is
         self.noise, self.voice_at = 127.0, -math.inf  # the quietest of late; when it was louder
@@ -1130,12 +935,9 @@ class CallerAudio:
 
     def take(self, timestamp_ms: float, ms: float, now: float) -> float:
         """A frame of so many ms has come. Returns how many are missing before it."""
-        self.frame_at = now
-        if self.position_ms < 0:
-            self.position_ms = timestamp_ms
-        gap_ms = timestamp_ms - self.position_ms
-        gap_ms = gap_ms if gap_ms >= GAP_MS else 0.0
-        self.position_ms += gap_ms + ms
+        position_ms = self.position_ms if self.position_ms >= 0 else timestamp_ms
+        gap_ms = timestamp_ms - position_ms if timestamp_ms - position_ms >= GAP_MS else 0.0
+        self.position_ms, self.frame_at = position_ms + gap_ms + ms, now
         return gap_ms
 
     def keep(self, payload: str, needed: bool) -> None:
@@ -1146,9 +948,8 @@ class CallerAudio:
             self.dropped += needed
             self.turn = max(0, self.turn - 1)
 
-    def forget_turn(self) -> None:
-        """The caller's last turn is known in words, or answered."""
-        for _ in range(min(self.turn, len(self.kept))):
+    def forget_turn(self) -> None:  # it is known in words, or answered
+        for _ in range(self.turn):
             self.kept.popleft()
         self.turn = self.dropped = 0
 
