@@ -503,7 +503,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.fault(f"a response broke off ({why}): the call goes on")
 
     async def use_tools(self, calls: list[Object], answer: Answer) -> None:  # side by side
-        wanted = await asyncio.gather(*(self.use_tool(call, answer.cut) for call in calls))
+        uses = [self.use_tool(call, answer.cut) for call in calls]
+        wanted = await asyncio.gather(*uses, return_exceptions=True)
         self.tools = None  # run_tool never raises
         if any(wanted) and not (self.ending and answer.sounded):  # one goodbye is enough
             self.owe()
@@ -1448,6 +1449,12 @@ class Wire(Connection):
     handle: Callable[[str], object]
     closing: asyncio.Task[None]
     unreadable, most_unreadable = 0, MAX_UNREADABLE
+
+    def connection_made(self, transport: Any) -> None:
+        # asyncio takes 256 KiB of memory from the system for each read and gives them back, which
+        # costs ten times as much as to read 20 ms of sound.
+        transport.max_size = 16 << 10  # bytes
+        super().connection_made(transport)
 
     async def read(self) -> None:
         """Hand on each message, until the connection is closed."""
