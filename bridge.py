@@ -326,8 +326,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def to_twilio(self, item: Item, payload: str, size: int, now: float) -> None:
         if self.twilio:
             mark, sid = self.playback.add(item, size, now), f'"streamSid":"{self.stream_sid}"'
-            self.twilio.put(f'{{"event":"media",{sid},"media":{{"payload":"{payload}"}}}}')
-            self.twilio.put(f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}')
+            media = f'{{"event":"media",{sid},"media":{{"payload":"{payload}"}}}}'
+            self.twilio.put(media, f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}')
 
     # ── Turns and barge-in ──
     # A caller who speaks over the model is listened to for BARGE_IN_MS of voice first. 「はい」 or
@@ -1478,8 +1478,9 @@ class Wire(Connection):
         self.handle = lambda text: None
         self.closing = asyncio.create_task(self.close(code))
 
-    def put(self, text: str) -> None:
-        broadcast([self], text)  # writes at once; does nothing on a closed connection
+    def put(self, *texts: str) -> None:
+        for text in texts:
+            broadcast([self], text)  # writes at once; does nothing on a closed connection
         self.check_unsent()
 
     def data_received(self, data: bytes) -> None:
@@ -1774,18 +1775,20 @@ class FastWire(Wire):
         else:
             super().data_received(data[at:])
 
-    def put(self, text: str) -> None:
-        data, ours = text.encode(), self.ours
-        size = len(data)
-        if size > 0xFFFF or self.state is not State.OPEN:
-            super().put(text)
-            return
-        head = (ours | size,) if size < 126 else (ours | 126, size >> 8, size & 0xFF)
-        if ours:
-            key = os.urandom(4)
-            data = key + apply_mask(data, key)
-        self.transport.write(bytes((0x81, *head)) + data)
-        self.check_unsent()
+    def put(self, *texts: str) -> None:
+        frames: list[bytes] = []
+        ours = self.ours
+        if self.state is State.OPEN and max(map(len, texts)) < 0x4000:  # 4 bytes each at most
+            for text in texts:
+                data = text.encode()
+                size = len(data)
+                head = (ours | size,) if size < 126 else (ours | 126, size >> 8, size & 0xFF)
+                key = os.urandom(4) if ours else b""
+                frames += bytes((0x81, *head)), key, apply_mask(data, key) if ours else data
+            self.transport.write(b"".join(frames))
+            self.check_unsent()
+        else:
+            super().put(*texts)
 
 
 class FastTwilio(FastWire, TwilioConnection):
@@ -1797,13 +1800,12 @@ class FastOpenAI(FastWire, OpenAIConnection):
 
     def data_received(self, data: bytes) -> None:
         """OpenAI's first frame may come together with the end of the handshake."""
-        head, blank, rest = (self.kept + data).partition(b"\r\n\r\n")
-        if self.state is State.CONNECTING and blank:
-            self.kept, data = b"", rest
+        if self.cutting is None and self.state is State.CONNECTING:
+            head, blank, data = (self.kept + data).partition(b"\r\n\r\n")
+            self.kept = b"" if blank else head
+            if not blank:
+                return
             super().data_received(head + blank)
-        elif self.state is State.CONNECTING:
-            self.kept += data
-            return
         super().data_received(data)
 
 
