@@ -1685,7 +1685,7 @@ async def run(settings: Settings, hooks: Hooks) -> None:
     way: Object = {"process_request": bridge.process_request, "compression": None}
     way["create_connection"] = functools.partial(CONNECTIONS["twilio"], silent=bridge.silent)
     way |= {"open_timeout": 2 * REQUEST_S, "close_timeout": 1, "max_size": 64 << 10}  # s, s, bytes
-    async with serve(bridge.take_stream, settings.host or None, settings.port, **way):
+    async with serve(bridge.take_stream, settings.host or None, settings.port, **way) as server:
         base = settings.public_base_url or f"http://localhost:{settings.port}"
         log.info("listening on port %d; the webhook is POST %s/twilio/voice", settings.port, base)
         if bridge.validators and not settings.public_base_url:
@@ -1698,6 +1698,8 @@ async def run(settings: Settings, hooks: Hooks) -> None:
         bridge.draining = True
         log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
         await drain(bridge, signals)
+        for connection in list(server.connections):  # nobody waits for one that does not read
+            connection.transport.abort()
     await asyncio.to_thread(hooks.close, 6.0 if len(signals) < 2 else 0.5)
 
 
