@@ -27,6 +27,7 @@ def logged(hook: LoadHook, monkeypatch: pytest.MonkeyPatch) -> Logged:
         monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # log.py may replace it
         loaded = hook("log", **settings)
+        lines.clear()  # the host has logged what is loaded
         loaded.tell(call or PretendCall(), *[event for event in events if not callable(event)])
         await loaded.finish()
         for act in filter(callable, events):
