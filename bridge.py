@@ -139,9 +139,7 @@ HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_respo
 FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}  # codes or types
 REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}  # of HTTP; closes by OpenAI
 # The form of nearly all of Twilio's media messages; others are parsed as JSON.
-MEDIA = re.compile(
-    r'(?a){"event":"media",[^{]*{[^}]*?"timestamp":"(\d{1,12})","payload":"([\w+/]+=*)'
-)
+MEDIA = re.compile(r'(?a){"event":"media"[^{]*{.*?timestamp":"(\d{1,12})","payload":"([\w+/]+=*)"')
 CLOSING = re.compile(  # words that agree or take leave: they call no hang-up off
     "(?i)(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です"
     "|わかりました|承知しました|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく"
@@ -292,6 +290,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if not (item := self.playback.items.get("" + event["item_id"])):
             item = Item(event["item_id"], answer.id, self.session)
             self.playback.items[item.id] = item
+            self.remember(item.id, "assistant", "")
         if kind != "response.output_audio.delta":
             if kind == "response.output_audio_transcript.done":
                 item.text = "" + event["transcript"]
@@ -299,7 +298,6 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 item.text += event["delta"]
                 if not answer.cut:
                     self.emit("model_words", item=item.id, text=event["delta"])
-            self.remember(item.id, "assistant", item.heard_text)
             return
         mulaw = base64.b64decode(event["delta"], validate=True)
         size = len(mulaw)
@@ -551,9 +549,10 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             if self.active and not self.active.cut:
                 self.owe(again=True)
             self.active = None
-            self.caller_said(
-                self.speaking, ""
-            )  # the new session hears that turn from its beginning
+            for item in self.playback.items.values():  # what Twilio has of them is heard
+                self.remember(item.id, "assistant", item.heard_text)
+            # The new session hears the turn that is spoken from its beginning.
+            self.caller_said(self.speaking, "")
             self.speaking, self.undecided, self.audio.voice = "", False, None
             if code in REFUSALS or any(word in why for word in FINAL):
                 self.give_up(f"{cause} (are OPENAI_API_KEY and the model right, and paid for?)")
@@ -614,8 +613,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         self.to_openai("conversation.item.create", item=item)
 
     def remember(self, item_id: str, role: str, text: str) -> None:
-        """Who said what, in the order of the conversation. The caller's "" only takes the place."""
-        if item_id and (text or role == "assistant" or item_id not in self.history):
+        """Who said what, in the order of the conversation. "" only takes the place."""
+        if item_id and (text or item_id not in self.history):
             self.history[item_id] = (role, text)
             if len(self.history) > MAX_HISTORY:
                 del self.history[next(iter(self.history))]
