@@ -47,7 +47,7 @@ import types
 import typing
 from asyncio import sslproto
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
@@ -1737,6 +1737,16 @@ def main() -> int:
 #   a frame (RFC 6455, 5.2): 0x81 = final, text │ 0x80 if masked, + length or 126 │ … │ mask │ text
 
 
+def masks() -> Iterator[bytes]:
+    """Unpredictable keys of 4 bytes; the system is asked once for a thousand."""
+    while True:
+        pool = os.urandom(4096)
+        yield from (pool[at : at + 4] for at in range(0, 4096, 4))
+
+
+MASKS = masks()
+
+
 class FastWire(Wire):
     cutting: bool | None = None  # None: `read` has not begun; False: websockets reads from here on
     kept = b""  # bytes that wait for `read`, or for the rest of their frame
@@ -1784,7 +1794,7 @@ class FastWire(Wire):
                 data = text.encode()
                 size = len(data)
                 head = (ours | size,) if size < 126 else (ours | 126, size >> 8, size & 0xFF)
-                key = os.urandom(4) if ours else b""
+                key = next(MASKS) if ours else b""
                 frames += bytes((0x81, *head)), key, apply_mask(data, key) if ours else data
             self.transport.write(b"".join(frames))
             self.check_unsent()
