@@ -134,12 +134,15 @@ MAX_ECHOES, ECHO_MS = 3, 2000  # answers in a row that were cut so soon, without
 CALLS_OFF_MS, CALLED_OFF_S = 700.0, 8.0  # voice calls a hang-up off; so much silence does not
 WORDS_S, WORDS_AT_END_S, GOODBYE_S = 10.0, 0.8, 15.0  # what is waited for, at most
 MAX_QUEUED_S, MAX_HISTORY = 300.0, 200  # speech at Twilio; texts that a new session is told
+MAX_TEXT = 20_000  # characters of one of them
 MAX_TOOLS, MAX_TOOL_ROUNDS = 16, 8  # of one response; in a row without a sound
 HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_response"}  # crossings
 FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}  # codes or types
 REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}  # of HTTP; closes by OpenAI
 # The form of nearly all of Twilio's media messages; others are parsed as JSON.
-MEDIA = re.compile(r'(?a){"event":"media"[^{]*{.*?timestamp":"(\d{1,12})","payload":"([\w+/]+=*)"')
+MEDIA = re.compile(
+    r'(?a){"event":"media"[^{]*{.*?timestamp":"(\d{1,12})","payload":"([a-zA-Z0-9+/]+={0,2})"'
+)
 CLOSING = re.compile(  # words that agree or take leave: they call no hang-up off
     "(?i)(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です"
     "|わかりました|承知しました|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく"
@@ -203,7 +206,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     # ── Twilio's messages: https://www.twilio.com/docs/voice/media-streams/websocket-messages ──
 
     def from_twilio(self, text: str) -> None:
-        if media := MEDIA.match(text):
+        if (media := MEDIA.match(text)) and len(media[2]) % 4 == 0:
             self.from_caller(media[2], int(media[1]))
             return
         message = json.loads(text)
@@ -293,9 +296,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.remember(item.id, "assistant", "")
         if kind != "response.output_audio.delta":
             if kind == "response.output_audio_transcript.done":
-                item.text = "" + event["transcript"]
+                item.text = event["transcript"][:MAX_TEXT]
             elif kind == "response.output_audio_transcript.delta":
-                item.text += event["delta"]
+                item.text = (item.text + event["delta"])[:MAX_TEXT]
                 if not answer.cut:
                     self.emit("model_words", item=item.id, text=event["delta"])
             return
@@ -593,7 +596,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.quiet_until = monotonic() + FAILED_S
 
     def fault(self, error: str) -> None:  # it also says what the bridge does about it
-        self.log.warning("%s", error)
+        self.log.warning("%s", error := clean(error))
         self.emit("model_failed", error=error)
 
     def give_up(self, why: str) -> None:  # the caller hears an apology, not silence
@@ -605,7 +608,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
 
     def to_openai(self, kind: str, **content: Any) -> None:
         if self.openai and (self.ready_at or kind == "session.update"):
-            self.openai.put(json.dumps({"type": kind, **content}, ensure_ascii=False))
+            text = json.dumps({"type": kind, **content}, ensure_ascii=False)
+            self.openai.put(text.encode(errors="replace").decode())  # half an emoji has no UTF-8
 
     def add_text(self, role: str, text: str) -> None:
         content = {"type": "output_text" if role == "assistant" else "input_text", "text": text}
@@ -790,6 +794,11 @@ def session_update(settings: Settings, model: str, tools: list[Object]) -> tuple
         ours = {"create_response": True, "interrupt_response": barge_in_ms == 0}
         session["audio"]["input"]["turn_detection"] = ours | turns
     return session, barge_in_ms
+
+
+def clean(text: str) -> str:
+    """What a stranger or the other side wrote, as a log can take it."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)[:500]
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -1203,7 +1212,7 @@ class Bridge:
         self.past: dict[str, Past] = {}  # by CallSid
         self.seen = deque[str](maxlen=MAX_SEEN)  # tokens, and signatures of webhooks
         self.silent: dict[TwilioConnection, asyncio.TimerHandle] = {}  # without a request so far
-        self.draining = False  # SIGTERM has come
+        self.draining, self.refused = False, 0  # SIGTERM has come; requests of strangers
         tokens = [token.strip() for token in settings.twilio_auth_token.split(",") if token.strip()]
         self.validators = [RequestValidator(token) for token in tokens]
         self.secret = (tokens[0] if tokens else secrets.token_hex()).encode()
@@ -1249,7 +1258,9 @@ class Bridge:
         try:
             form = self.verified(twilio, request, target)
         except (ValueError, LookupError) as exc:
-            log.warning("403 for %s %s from %s: %r", request.method, path, twilio.peer, str(exc))
+            self.refused += 1  # a flood is not to fill the log
+            if self.refused < 100 or self.refused.bit_count() == 1:
+                log.warning("403 for %s from %s: %r", path, twilio.peer, str(exc))
             return reply(twilio, 403, "This was not verified. The log says what to set.\n")
         if not is_twilio:
             return await self.page(twilio, page, query)
@@ -1301,7 +1312,7 @@ class Bridge:
             if not any(hmac.compare_digest(it.encode(), signature.encode()) for it in valid):
                 raise ValueError(f"TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL ({base.netloc}) is another")
         # As much of each as a <Parameter> (500 characters) and a log can take.
-        return {name: re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", it)[:200] for name, it in pairs}
+        return {name: clean(it)[:200] for name, it in pairs}
 
     # ── TwiML ──
 
@@ -1439,7 +1450,7 @@ class Bridge:
 MAX_UNSENT, MAX_UNREADABLE = 4 << 20, 50  # bytes: some 6 minutes of speech; messages
 REQUEST_S, MAX_SILENT = 5.0, 200  # a request is complete so soon; connections without one
 MAX_HEAD, MAX_FORM = 16 << 10, 64 << 10  # bytes of a request's head and body
-LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([^\r\n]*?)[ \t]*(?=\r|$)")
+LENGTH = re.compile(rb"(?i)\r\ncontent-length:([^\r\n]*)")
 
 
 class Wire(Connection):
@@ -1524,7 +1535,7 @@ class TwilioConnection(Wire, ServerConnection):
             return
         self.unread += data
         head, blank, body = self.unread.partition(b"\r\n\r\n")
-        lengths = LENGTH.findall(head) or [b"0"]
+        lengths = [it.strip(b" \t") for it in LENGTH.findall(head[:MAX_HEAD])] or [b"0"]
         if len(head) > MAX_HEAD:
             self.hand_on(431)
         elif not blank:
