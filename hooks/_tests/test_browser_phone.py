@@ -660,6 +660,11 @@ async def test_other_calls(hook: LoadHook) -> None:
     assert list(phone.module.watched_calls) == [SID]
 
 
+def test_signed_calls_only(hook: LoadHook) -> None:
+    """With TWILIO_AUTH_TOKEN no page is served: then the file is told nothing at all."""
+    assert not any(hook("browser_phone", TWILIO_AUTH_TOKEN="x" * 32).host.handling.values())
+
+
 async def test_limits(hook: LoadHook) -> None:
     """Old events and old calls are forgotten, and a while after its end a call is, too."""
     phone = hook("browser_phone")

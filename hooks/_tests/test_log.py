@@ -121,6 +121,23 @@ async def test_text(logged: Logged) -> None:
     ]
 
 
+async def test_cut_without_a_place(logged: Logged) -> None:
+    """Words that nobody heard are struck whole; where the call's end cut some, nobody knows."""
+    unheard: Event = ("model_said", {"item": "n", "text": "五六", "heard_ms": 0})
+    ended: Event = ("model_said", {"item": "o", "text": "七八", "heard_ms": 900})
+    lines = await logged(STARTED, unheard, ended, LOG_FORMAT="text")
+    assert [line[27:] for line in lines[1:]] == ["✂ 五六  (not heard)", "七八  (heard 0.9 s)"]
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+async def test_model_words(hook: LoadHook, form: str) -> None:
+    """Each piece of the model's words would wake the file for nothing."""
+    handling = hook("log", LOG_FORMAT=form).host.handling
+    told = {event for event, handlers in handling.items() if handlers}
+    silent = {"model_words", "caller_audio", "model_audio", "any_event"}
+    assert not told & silent and (form == "text" or told | silent == set(handling))
+
+
 async def test_wait_beside_the_words(logged: Logged) -> None:
     """With latency.py, an answer has the wait for it."""
     call = PretendCall()
@@ -157,7 +174,7 @@ NUMBERS = [
     ("+81 90 1234 5678", "+** ** **** 5678"),
     ("gpt-realtime 2026-11-23 0.0123456789 item_0123456789", None),
     ("sk-very-secret and 0123456789abcdef or fedcba9876543210", "*** and *** or ***"),
-    (f"token 1790000000.{'a1' * 32}", "token ***"),
+    (f"token 1790000000.{'b2' * 8}.{'a1' * 32}", "token ***"),
     ('secret "quoted\\', "secret ***"),
 ]
 
