@@ -69,11 +69,12 @@ def watch() -> None:
         time.sleep(IDLE_SECONDS / 10)
         with lock:
             for call, idle in idles.items():
-                if not idle.over:
-                    look(call, idle, time.monotonic())
+                look(call, idle, time.monotonic())
 
 
 def look(call: Any, idle: Idle, now: float) -> None:
+    if idle.over:
+        return
     if call.busy or idle.turn:
         idle.quiet_since = now
     if call.busy and not idle.answers_noise:

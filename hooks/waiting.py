@@ -62,12 +62,15 @@ def watch() -> None:
     while True:
         time.sleep(LOOK_S)
         for call, wait in list(waits.items()):
-            now = time.monotonic()
-            if wait.voices or not call.busy:
-                wait.since = now
-            elif now - wait.since >= WAIT_S:
-                call.play(TONE)
-                wait.since = now + PERIOD_S - WAIT_S
+            look(call, wait, time.monotonic())
+
+
+def look(call: Any, wait: Wait, now: float) -> None:
+    if wait.voices or not call.busy:
+        wait.since = now
+    elif now - wait.since >= WAIT_S:
+        call.play(TONE)
+        wait.since = now + PERIOD_S - WAIT_S
 
 
 def call_started(call: Any, at: float) -> None:

@@ -61,9 +61,10 @@ CUT: list[Event] = [
 async def test_json_events(logged: Logged) -> None:
     """All events but the pieces of what the model says, with their call and all that they tell."""
     facts = {"name": "clock", "arguments": "{}", "result": "一行目\n二行目 \ud83d", "seconds": 0.5}
+    used = ("tool_used", facts | {"seconds": 0.500049})
     words = ("model_words", {"item": "m", "text": "は"})
     ended = ("call_ended", LONG_AGO + 42, {"reason": "caller hung up"})
-    lines = await as_json(logged, (STARTED, LONG_AGO, {}), words, ("tool_used", facts), *CUT, ended)
+    lines = await as_json(logged, (STARTED, LONG_AGO, {}), words, used, *CUT, ended)
     assert [line["event"] for line in lines] == [
         "call_started", "tool_used", "model_interrupted", "model_said", "call_ended"
     ]  # fmt: skip
@@ -97,7 +98,7 @@ async def test_text(logged: Logged) -> None:
         ("caller_started_speaking", {"item": "c"}),
         ("caller_said", {"item": "c", "text": "天気は\n？"}),
         ("caller_said", {"item": "d", "text": ""}),
-        ("tool_used", {"name": "clock", "arguments": "{}", "result": "9時", "seconds": 0.51}),
+        ("tool_used", {"name": "clock", "arguments": "{}", "result": "9" * 200, "seconds": 0.51}),
         ("key_pressed", {"key": "5"}),
         *CUT,
         ("model_failed", {"error": "404"}),
@@ -113,7 +114,7 @@ async def test_text(logged: Logged) -> None:
         "call       +********5678 → +*******0000",
         "caller ▸   天気は ？",
         "caller ▸   (no words)",
-        "tool       clock({}) → 9時  (0.51 s)",
+        f"tool       clock({{}}) → {'9' * 148}…  (0.51 s)",
         "key        5",
         "model ◂    一二 ✂ 三四五六七八  (heard 1.5 of 6.0 s)",
         "model      404",
