@@ -93,15 +93,11 @@ def key_pressed(call: Any, at: float, key: str) -> None:
     write(call, at, "key_pressed", key=key)
 
 
-def model_failed(call: Any, at: float, error: str) -> None:
-    write(call, at, "model_failed", error=error)
-
-
 def call_ended(call: Any, at: float, reason: str) -> None:
     write(call, at, "call_ended", reason=reason, seconds=round(at - call.notes["log"]["began"], 1))
 
 
-if LOG_FORMAT == "json":  # people need no line for these
+if LOG_FORMAT == "json":  # people need no line for these, or have one of the bridge's
 
     def model_asked(call: Any, at: float) -> None:
         write(call, at, "model_asked")
@@ -114,6 +110,9 @@ if LOG_FORMAT == "json":  # people need no line for these
 
     def model_started_speaking(call: Any, at: float, item: str) -> None:
         write(call, at, "model_started_speaking", item=item)
+
+    def model_failed(call: Any, at: float, error: str) -> None:
+        write(call, at, "model_failed", error=error)
 
     def model_used(call: Any, at: float, usage: Any, model: str, kind: str) -> None:
         write(call, at, "model_used", usage=usage, model=model, kind=kind)
@@ -155,7 +154,6 @@ COLUMNS = {
     "model_said": ("model ◂", "32"),
     "tool_used": ("tool", "35"),
     "key_pressed": ("key", "36"),
-    "model_failed": ("model", "31"),
     "call_ended": ("call", "1"),
 }
 MAX_TEXT = 160  # characters of a tool's result
@@ -230,7 +228,7 @@ class Text(logging.Formatter):
                 text = f"ended: {one_line(facts['reason'])}"
                 remarks.append(f"{int(facts['seconds']) // 60}:{int(facts['seconds']) % 60:02}")
             case _:
-                text = one_line(facts.get("key") or facts.get("error") or "")
+                text = one_line(facts["key"])
         return text + paint(f"  ({', '.join(remarks)})" if remarks else "", DIM)
 
 

@@ -680,6 +680,17 @@ async def test_limits(hook: LoadHook) -> None:
     await until(lambda: SID not in phone.module.watched_calls)
 
 
+async def test_connected_again(hook: LoadHook) -> None:
+    """A call whose stream was lost and that goes on is not forgotten."""
+    phone, ended = hook("browser_phone"), ("call_ended", {"reason": "twilio lost"})
+    phone.module.FORGET_S = 0.1
+    phone.module.events({"call": SID})
+    phone.tell(PretendCall(SID), "call_started", ended)
+    await phone.tell_all(PretendCall(SID), "call_started")
+    await asyncio.sleep(0.2)
+    assert len(phone.module.events({"call": SID})["events"]) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "model", "offline"),
     [
