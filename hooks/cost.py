@@ -12,7 +12,8 @@ from Twilio (TWILIO_AUTH_TOKEN is not set) has no minutes of Twilio's.
     BUDGET_PER_DAY_USD=20       the same for all calls since midnight (Japan's with TZ=Asia/Tokyo)
                                 or the last restart; later calls are greeted and hear the goodbye
 
-Without them there is no budget. They count neither what is unknown nor Twilio's minutes. Nothing is
+Without them there is no budget. They count neither what is unknown nor Twilio's minutes. A call
+that is connected again goes on with its cost: its later line contains its earlier one. Nothing is
 stored. Other hook files find the cost so far in call.notes["cost"]: "usd", or None if some of it is
 unknown, and "known_usd".
 """
@@ -171,7 +172,7 @@ def call_ended(call: Any, at: float) -> None:
     if cost["unknown"]:
         shown.append(f"unknown: {', '.join(sorted(cost['unknown']))}")
     total = f"{'at least ' if cost['unknown'] else ''}${cost['known_usd']:.4f}"
-    text = f"{total}: {', '.join(shown) or 'nothing'}"
+    text = f"{total}: {', '.join(shown) or 'no usage was reported'}"
     if TWILIO_BILLS:
         minutes = max(1, math.ceil((at - cost["began"]) / 60))  # Twilio bills every minute begun
         numbers["twilio_usd"] = round(minutes * TWILIO_PER_MINUTE, 4)

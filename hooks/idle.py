@@ -13,10 +13,10 @@ the model answers to noise counts as well. Nothing is stored.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ except ValueError:
 
 @dataclass
 class Idle:
-    """What the watch of one call knows. Times are of time.monotonic(), in seconds."""
+    """What is known of one call. Times are of time.monotonic(), in seconds."""
 
     quiet_since: float  # nobody has spoken since, and nothing was going on
     word_at: float  # the caller's last word or key; moves on while they listen
@@ -52,77 +52,93 @@ class Idle:
     wordless: bool = False  # the caller has made a sound since that word
     answers_noise: bool = False  # what the model does is an answer to such a sound
     transcribed: bool = False  # OpenAI has looked for words in the last turn
-    watch: asyncio.Task[None] | None = None
+    over: bool = False  # the model has been told to say goodbye
 
     def word(self, at: float) -> None:
         self.quiet_since = self.word_at = at
         self.asked, self.wordless, self.answers_noise = 0, False, False
 
 
-# `async def` handlers run on the loop, as the watch does, so no lock is needed.
+idles: dict[Any, Idle] = {}  # by call
+lock = threading.Lock()  # the handlers run in one thread, and `watch` in another
 
 
-async def call_started(call: Any, at: float) -> None:
-    idle = call.notes["idle"] = Idle(quiet_since=at, word_at=at)
-    if IDLE_SECONDS:
-        idle.watch = asyncio.create_task(watch(call, idle))
-
-
-async def watch(call: Any, idle: Idle) -> None:
+def watch() -> None:
     """Look every now and then: simpler than a timer that every event would have to move."""
     while True:
-        await asyncio.sleep(IDLE_SECONDS / 10)
-        now = time.monotonic()
-        if call.busy or idle.turn:
-            idle.quiet_since = now
-        if call.busy and not idle.answers_noise:
-            idle.word_at = now  # who listens to a long answer says nothing, and is there
-        if now - idle.word_at >= 4 * IDLE_SECONDS:
-            break
-        if now - idle.quiet_since >= IDLE_SECONDS:
-            if idle.asked == len(QUESTIONS):
-                break
-            call.tell_model(QUESTIONS[idle.asked])
-            idle.quiet_since, idle.asked = now, idle.asked + 1
-    facts = {"call": call.sid, "questions": idle.asked, "seconds": round(now - idle.word_at, 1)}
-    text = "the caller has said nothing for %(seconds).0f s, after %(questions)d questions: goodbye"
-    log.info(text, facts, extra=facts)
-    call.tell_model(GOODBYE)
-    call.hang_up(final=True)  # when the goodbye has been heard; no sound cancels it
+        time.sleep(IDLE_SECONDS / 10)
+        with lock:
+            for call, idle in idles.items():
+                look(call, idle, time.monotonic())
 
 
-async def caller_started_speaking(call: Any, item: str) -> None:
-    idle = call.notes["idle"]
-    idle.turn, idle.wordless = item, True
-    if not call.busy:
-        idle.answers_noise = True  # unless words come
+def look(call: Any, idle: Idle, now: float) -> None:
+    if idle.over:
+        return
+    if call.busy or idle.turn:
+        idle.quiet_since = now
+    if call.busy and not idle.answers_noise:
+        idle.word_at = now  # who listens to a long answer says nothing, and is there
+    unanswered = now - idle.quiet_since >= IDLE_SECONDS
+    if now - idle.word_at >= 4 * IDLE_SECONDS or (unanswered and idle.asked == len(QUESTIONS)):
+        facts = {"call": call.sid, "questions": idle.asked}
+        log.info("the caller is not there (%(questions)d questions): goodbye", facts, extra=facts)
+        call.tell_model(GOODBYE)
+        call.hang_up(final=True)  # when the goodbye has been heard; no sound cancels it
+        idle.over = True
+    elif unanswered:
+        call.tell_model(QUESTIONS[idle.asked])
+        idle.quiet_since, idle.asked = now, idle.asked + 1
 
 
-async def model_started_speaking(call: Any) -> None:
+def call_started(call: Any, at: float) -> None:
+    with lock:
+        idles[call] = Idle(quiet_since=at, word_at=at)
+
+
+def caller_started_speaking(call: Any, item: str) -> None:
+    with lock:
+        idle = idles[call]
+        idle.turn, idle.wordless = item, True
+        if not call.busy:
+            idle.answers_noise = True  # unless words come
+
+
+def model_started_speaking(call: Any) -> None:
     # A cough during a long answer does not make that answer one to noise. Only a later one is.
-    call.notes["idle"].answers_noise = call.notes["idle"].wordless
+    with lock:
+        idles[call].answers_noise = idles[call].wordless
 
 
-async def model_used(call: Any, kind: str) -> None:
-    if kind == "transcription":
-        call.notes["idle"].transcribed = True
+def model_used(call: Any, kind: str) -> None:
+    with lock:
+        idles[call].transcribed |= kind == "transcription"
 
 
-async def caller_said(call: Any, at: float, item: str, text: str) -> None:
-    idle = call.notes["idle"]
-    if idle.turn == item:  # the words of one turn may come while the next is spoken
-        idle.turn = None
-    # Where nobody looks for words (no transcription, or it fails), the turn itself counts, because
-    # to talk with a television is better than to hang up on a caller who is talking.
-    if text or not idle.transcribed:
-        idle.word(at)
-    idle.transcribed = False
+def caller_said(call: Any, at: float, item: str, text: str) -> None:
+    with lock:
+        idle = idles[call]
+        if idle.turn == item:  # the words of one turn may come while the next is spoken
+            idle.turn = None
+        # Where nobody looks for words (no transcription, or it fails), the turn itself counts,
+        # because to talk with a television is better than to hang up on a caller who is talking.
+        if text or not idle.transcribed:
+            idle.word(at)
+        idle.transcribed = False
 
 
-async def key_pressed(call: Any, at: float) -> None:
-    call.notes["idle"].word(at)
+def key_pressed(call: Any, at: float) -> None:
+    with lock:
+        idles[call].word(at)
 
 
-async def call_ended(call: Any) -> None:
-    if watch := call.notes.pop("idle").watch:
-        watch.cancel()
+def call_ended(call: Any) -> None:
+    with lock:
+        del idles[call]
+
+
+if IDLE_SECONDS:
+    threading.Thread(target=watch, name="idle watch", daemon=True).start()
+else:  # then the bridge need not tell this file anything
+    del call_started, caller_started_speaking, model_started_speaking, model_used, caller_said
+    del key_pressed, call_ended

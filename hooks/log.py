@@ -9,7 +9,7 @@
 
 The bridge writes all log lines to standard error; this file gives them their form. As text, there
 is a line for each utterance, with the wait for it (latency.py) and what was not heard behind ✂. As
-JSON, there are all events but those in NOT_LOGGED, and other lines as {"ts", "level", "logger",
+JSON, there are all events but model_words, and other lines as {"ts", "level", "logger",
 "message"} with their numbers, and perhaps a "traceback"; what a hook prints comes as such a line.
 
     LOG_FORMAT=text     or json; not set: text when standard error is a terminal
@@ -31,8 +31,6 @@ from typing import Any
 
 log = logging.getLogger("call")
 
-NOT_LOGGED = {"model_words"}  # model_said has the same words
-
 LOG_FORMAT = os.environ.get("LOG_FORMAT") or ("text" if sys.stderr.isatty() else "json")
 if LOG_FORMAT not in ("text", "json"):
     sys.exit(f"LOG_FORMAT is {LOG_FORMAT!r}: give text or json")
@@ -43,7 +41,7 @@ if LOG_NUMBERS not in ("", "full"):
 # +81312345678, 03-1234-5678, but not 0.0312345678
 NUMBER = re.compile(r"(?<![\w.])(\+[1-9]([ -]?\d){6,14}|0(-?\d){9,10})(?!\d)", re.ASCII)
 # The token of a stream, and what the environment calls a secret, as it is and as JSON has it.
-SECRETS = [r"\b\d{10}\.[0-9a-f]{64}\b"]
+SECRETS = [r"\b\d{10}\.[0-9a-f]{16}\.[0-9a-f]{64}\b"]
 for name, value in os.environ.items():
     if re.search("_(KEY|TOKEN|SECRET|PASSWORD)$", name):
         for secret in value.split(","):
@@ -52,28 +50,72 @@ for name, value in os.environ.items():
 SECRET = re.compile("|".join(SECRETS))
 
 
-def any_event(call: Any, at: float, event: str, facts: dict[str, Any]) -> None:
-    """Log the event, with what only the events before it know."""
-    if event in NOT_LOGGED:
-        return
-    if event == "call_started":
-        call.notes["log"] = {"began": at, "sent_ms": {}}
-        caller, called = mask(call.caller), mask(call.called)
-        facts = {"stream_sid": call.stream_sid, "caller": caller, "called": called}
-    notes = call.notes["log"]
-    if event == "model_interrupted":
-        notes["sent_ms"][facts["item"]] = facts["sent_ms"]
-    elif event == "model_said":
-        waits_ms = call.notes["latency"].waits_ms if "latency" in call.notes else {}
-        for fact, known in (("sent_ms", notes["sent_ms"]), ("wait_ms", waits_ms)):
-            if facts["item"] in known:
-                facts = facts | {fact: round(known[facts["item"]])}
-    elif event == "call_ended":
-        facts = facts | {"seconds": round(at - notes["began"], 1)}
-    if LOG_FORMAT == "json" or event in COLUMNS:
-        happened = time.time() - (time.monotonic() - at)
-        extra = {"call": call.sid, "event": event, "facts": facts, "happened": happened}
-        log.info(event, extra=extra)
+# One handler for each event, because each piece of the model's words would wake `any_event` as
+# well, some 200 times a minute and for nothing: model_said has the same words.
+
+
+def write(call: Any, at: float, event: str, **facts: Any) -> None:
+    happened = time.time() - (time.monotonic() - at)
+    log.info(event, extra={"call": call.sid, "event": event, "facts": facts, "happened": happened})
+
+
+def call_started(call: Any, at: float) -> None:
+    call.notes["log"] = {"began": at, "sent_ms": {}}
+    caller, called = mask(call.caller), mask(call.called)
+    write(call, at, "call_started", stream_sid=call.stream_sid, caller=caller, called=called)
+
+
+def caller_said(call: Any, at: float, item: str, text: str) -> None:
+    write(call, at, "caller_said", item=item, text=text)
+
+
+def model_interrupted(call: Any, at: float, item: str, heard_ms: int, sent_ms: int) -> None:
+    call.notes["log"]["sent_ms"][item] = sent_ms
+    if LOG_FORMAT == "json":
+        write(call, at, "model_interrupted", item=item, heard_ms=heard_ms, sent_ms=sent_ms)
+
+
+def model_said(call: Any, at: float, item: str, text: str, heard_ms: int | None) -> None:
+    facts: dict[str, Any] = {"item": item, "text": text, "heard_ms": heard_ms}
+    waits_ms = call.notes["latency"].waits_ms if "latency" in call.notes else {}
+    for fact, known in (("sent_ms", call.notes["log"]["sent_ms"]), ("wait_ms", waits_ms)):
+        if item in known:
+            facts[fact] = round(known[item])
+    write(call, at, "model_said", **facts)
+
+
+def tool_used(call: Any, at: float, name: str, arguments: str, result: str, seconds: float) -> None:
+    facts = {"name": name, "arguments": arguments, "result": result}
+    write(call, at, "tool_used", **facts, seconds=round(seconds, 3))
+
+
+def key_pressed(call: Any, at: float, key: str) -> None:
+    write(call, at, "key_pressed", key=key)
+
+
+def call_ended(call: Any, at: float, reason: str) -> None:
+    write(call, at, "call_ended", reason=reason, seconds=round(at - call.notes["log"]["began"], 1))
+
+
+if LOG_FORMAT == "json":  # people need no line for these, or have one of the bridge's
+
+    def model_asked(call: Any, at: float) -> None:
+        write(call, at, "model_asked")
+
+    def caller_started_speaking(call: Any, at: float, item: str) -> None:
+        write(call, at, "caller_started_speaking", item=item)
+
+    def caller_stopped_speaking(call: Any, at: float, item: str) -> None:
+        write(call, at, "caller_stopped_speaking", item=item)
+
+    def model_started_speaking(call: Any, at: float, item: str) -> None:
+        write(call, at, "model_started_speaking", item=item)
+
+    def model_failed(call: Any, at: float, error: str) -> None:
+        write(call, at, "model_failed", error=error)
+
+    def model_used(call: Any, at: float, usage: Any, model: str, kind: str) -> None:
+        write(call, at, "model_used", usage=usage, model=model, kind=kind)
 
 
 def mask(number: str) -> str:
@@ -112,9 +154,9 @@ COLUMNS = {
     "model_said": ("model ◂", "32"),
     "tool_used": ("tool", "35"),
     "key_pressed": ("key", "36"),
-    "model_failed": ("model", "31"),
     "call_ended": ("call", "1"),
 }
+MAX_TEXT = 160  # characters of a tool's result
 DIM, STRUCK, RED, YELLOW = "2", "2;9", "31", "33"
 COLOUR = sys.stderr.isatty() and "NO_COLOR" not in os.environ
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -168,21 +210,25 @@ class Text(logging.Formatter):
                 text = one_line(facts["text"])
                 if "wait_ms" in facts:
                     remarks.append(f"after {facts['wait_ms'] / 1000:.2f} s")
-                if facts["heard_ms"] is not None:
-                    heard_ms, sent_ms = facts["heard_ms"], facts.get("sent_ms")
-                    of = f" of {sent_ms / 1000:.1f}" if sent_ms else ""
-                    remarks.append(f"heard {heard_ms / 1000:.1f}{of} s")
+                if (heard_ms := facts["heard_ms"]) == 0:
+                    remarks.append("not heard")
+                    text = paint(f"✂ {text}", STRUCK)
+                elif sent_ms := facts.get("sent_ms"):
+                    remarks.append(f"heard {heard_ms / 1000:.1f} of {sent_ms / 1000:.1f} s")
                     # Where in the words that is, nobody knows better.
-                    cut = round(len(text) * heard_ms / sent_ms) if sent_ms else len(text)
+                    cut = round(len(text) * heard_ms / sent_ms)
                     text = text[:cut] + paint(f" ✂ {text[cut:]}", STRUCK)
+                elif heard_ms is not None:  # the call has ended meanwhile
+                    remarks.append(f"heard {heard_ms / 1000:.1f} s")
             case "tool_used":
-                text = one_line(f"{facts['name']}({facts['arguments']}) → {facts['result']}")[:300]
+                text = one_line(f"{facts['name']}({facts['arguments']}) → {facts['result']}")
+                text = text[:MAX_TEXT] + "…" * (len(text) > MAX_TEXT)
                 remarks.append(f"{facts['seconds']:.2f} s")
             case "call_ended":
                 text = f"ended: {one_line(facts['reason'])}"
                 remarks.append(f"{int(facts['seconds']) // 60}:{int(facts['seconds']) % 60:02}")
             case _:
-                text = one_line(facts.get("key") or facts.get("error") or "")
+                text = one_line(facts["key"])
         return text + paint(f"  ({', '.join(remarks)})" if remarks else "", DIM)
 
 

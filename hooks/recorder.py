@@ -1,8 +1,8 @@
 """Records each call as a stereo WAV: the caller left, the model right, as the caller heard it.
 
 The model's voice comes in bursts and is queued by Twilio. It is recorded when it plays, with
-silence where nothing played, and it stops where the caller spoke over it. A crash leaves a file
-that plays up to the last second.
+silence where nothing played, and it stops where the caller spoke over it. Tones that hooks play
+are not in it. A crash leaves a file that plays up to the last second.
 
     RECORDINGS    the folder of the recordings. Not set: nothing is recorded, and costs nothing
 

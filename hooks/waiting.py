@@ -9,8 +9,8 @@ file or put `_` before its name. Nothing is stored.
 
 from __future__ import annotations
 
-import asyncio
 import math
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,52 +46,56 @@ TONE = note(523.25, 0.3) + note(698.46, 0.3)
 
 @dataclass
 class Wait:
-    """What the watch of one call knows."""
+    """What is known of one call."""
 
     since: float  # time.monotonic(), s: the last moment that was no waiting
     voices: set[str] = field(default_factory=set)  # items of both sides that are being spoken now
-    watch: asyncio.Task[None] | None = None
 
 
-# `async def` handlers run on the loop, as the watch does, so no lock is needed.
+# The handlers run in one thread and `watch` in another. There is no lock: what one changes, the
+# other sees a moment later, and a tone that comes a moment too late is stopped by the voice.
+waits: dict[Any, Wait] = {}  # by call
 
 
-async def call_started(call: Any, at: float) -> None:
-    wait = call.notes["waiting"] = Wait(since=at)
-    wait.watch = asyncio.create_task(watch(call, wait))
-
-
-async def watch(call: Any, wait: Wait) -> None:
-    """Look four times a second, because no event says that a tool begins."""
+def watch() -> None:
+    """Look at all calls four times a second, because no event says that a tool begins."""
     while True:
-        await asyncio.sleep(LOOK_S)
-        now = time.monotonic()
-        if wait.voices or not call.busy:
-            wait.since = now
-        elif now - wait.since >= WAIT_S:
-            call.play(TONE)
-            wait.since = now + PERIOD_S - WAIT_S
+        time.sleep(LOOK_S)
+        for call, wait in list(waits.items()):
+            look(call, wait, time.monotonic())
 
 
-async def caller_started_speaking(call: Any, item: str) -> None:
-    call.notes["waiting"].voices.add(item)
+def look(call: Any, wait: Wait, now: float) -> None:
+    if wait.voices or not call.busy:
+        wait.since = now
+    elif now - wait.since >= WAIT_S:
+        call.play(TONE)
+        wait.since = now + PERIOD_S - WAIT_S
 
 
-async def model_started_speaking(call: Any, item: str) -> None:
-    call.notes["waiting"].voices.add(item)
+def call_started(call: Any, at: float) -> None:
+    waits[call] = Wait(since=at)
 
 
-async def caller_stopped_speaking(call: Any, at: float, item: str) -> None:
-    has_ended(call.notes["waiting"], item, at)
+def caller_started_speaking(call: Any, item: str) -> None:
+    waits[call].voices.add(item)
 
 
-async def caller_said(call: Any, at: float, item: str) -> None:
+def model_started_speaking(call: Any, item: str) -> None:
+    waits[call].voices.add(item)
+
+
+def caller_stopped_speaking(call: Any, at: float, item: str) -> None:
+    has_ended(waits[call], item, at)
+
+
+def caller_said(call: Any, at: float, item: str) -> None:
     # When a session is lost, nobody hears the caller stop.
-    has_ended(call.notes["waiting"], item, at)
+    has_ended(waits[call], item, at)
 
 
-async def model_said(call: Any, at: float, item: str) -> None:
-    has_ended(call.notes["waiting"], item, at)
+def model_said(call: Any, at: float, item: str) -> None:
+    has_ended(waits[call], item, at)
 
 
 def has_ended(wait: Wait, item: str, at: float) -> None:
@@ -100,5 +104,8 @@ def has_ended(wait: Wait, item: str, at: float) -> None:
         wait.since = max(wait.since, at)
 
 
-async def call_ended(call: Any) -> None:
-    call.notes.pop("waiting").watch.cancel()
+def call_ended(call: Any) -> None:
+    del waits[call]
+
+
+threading.Thread(target=watch, name="waiting tone", daemon=True).start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import sys
 import time
@@ -96,6 +97,28 @@ class Loaded:
     def warnings(self) -> list[str]:
         """The lines of all that are warnings or worse."""
         return log_lines(self.caplog, logging.WARNING)
+
+
+class Watched:
+    """A hook file that looks at a call every now and then: here by a clock that the test turns."""
+
+    def __init__(self, module: Any, states: dict[Any, Any], step_s: float) -> None:
+        self.module, self.states, self.step_s, self.now = module, states, step_s, 0.0
+        self.look, module.look = module.look, lambda *_: None  # the file's own thread does nothing
+
+    def tell(self, call: PretendCall, *events: Event) -> None:
+        for event in events:
+            name, facts = (event, {}) if isinstance(event, str) else (event[0], event[-1])
+            handler, known = getattr(self.module, name), {"call": call, "at": self.now, **facts}
+            handler(**{it: known[it] for it in inspect.signature(handler).parameters})
+
+    def wait(self, call: PretendCall, seconds: float) -> list[str]:
+        """What the call is asked to do within this time."""
+        before = len(call.did)
+        for _ in range(round(seconds / self.step_s)):
+            self.now += self.step_s
+            self.look(call, self.states[call], self.now)
+        return call.did[before:]
 
 
 def log_lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:

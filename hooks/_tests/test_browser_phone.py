@@ -660,6 +660,11 @@ async def test_other_calls(hook: LoadHook) -> None:
     assert list(phone.module.watched_calls) == [SID]
 
 
+def test_signed_calls_only(hook: LoadHook) -> None:
+    """With TWILIO_AUTH_TOKEN no page is served: then the file is told nothing at all."""
+    assert not any(hook("browser_phone", TWILIO_AUTH_TOKEN="x" * 32).host.handling.values())
+
+
 async def test_limits(hook: LoadHook) -> None:
     """Old events and old calls are forgotten, and a while after its end a call is, too."""
     phone = hook("browser_phone")
@@ -673,6 +678,17 @@ async def test_limits(hook: LoadHook) -> None:
     kept = events({"call": SID})["events"]
     assert len(kept) == 901 and len(kept[0]["text"]) == 2000
     await until(lambda: SID not in phone.module.watched_calls)
+
+
+async def test_connected_again(hook: LoadHook) -> None:
+    """A call whose stream was lost and that goes on is not forgotten."""
+    phone, ended = hook("browser_phone"), ("call_ended", {"reason": "twilio lost"})
+    phone.module.FORGET_S = 0.1
+    phone.module.events({"call": SID})
+    phone.tell(PretendCall(SID), "call_started", ended)
+    await phone.tell_all(PretendCall(SID), "call_started")
+    await asyncio.sleep(0.2)
+    assert len(phone.module.events({"call": SID})["events"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -59,16 +59,6 @@ async def test_many_keys(hook: LoadHook) -> None:
     assert [text.count("7") for text in told(call)] == [32, 8]
 
 
-async def test_two_calls(hook: LoadHook) -> None:
-    """Keys of two calls are kept apart."""
-    keys, one, other = hook("keys"), PretendCall("CA1"), PretendCall("CA2")
-    keys.tell(one, "call_started", *presses("1"))
-    keys.tell(other, "call_started", *presses("2#"))
-    keys.tell(one, *presses("3#"))
-    await until(lambda: told(one) and told(other))
-    assert "13" in told(one)[0] and "：2（" in told(other)[0]
-
-
 async def test_end(hook: LoadHook) -> None:
     """Keys of a call that has ended are told to nobody."""
     keys, call = hook("keys", KEYS_PAUSE_SECONDS="0.05"), PretendCall()

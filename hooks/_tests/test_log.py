@@ -61,9 +61,10 @@ CUT: list[Event] = [
 async def test_json_events(logged: Logged) -> None:
     """All events but the pieces of what the model says, with their call and all that they tell."""
     facts = {"name": "clock", "arguments": "{}", "result": "一行目\n二行目 \ud83d", "seconds": 0.5}
+    used = ("tool_used", facts | {"seconds": 0.500049})
     words = ("model_words", {"item": "m", "text": "は"})
     ended = ("call_ended", LONG_AGO + 42, {"reason": "caller hung up"})
-    lines = await as_json(logged, (STARTED, LONG_AGO, {}), words, ("tool_used", facts), *CUT, ended)
+    lines = await as_json(logged, (STARTED, LONG_AGO, {}), words, used, *CUT, ended)
     assert [line["event"] for line in lines] == [
         "call_started", "tool_used", "model_interrupted", "model_said", "call_ended"
     ]  # fmt: skip
@@ -97,10 +98,10 @@ async def test_text(logged: Logged) -> None:
         ("caller_started_speaking", {"item": "c"}),
         ("caller_said", {"item": "c", "text": "天気は\n？"}),
         ("caller_said", {"item": "d", "text": ""}),
-        ("tool_used", {"name": "clock", "arguments": "{}", "result": "9時", "seconds": 0.51}),
+        ("tool_used", {"name": "clock", "arguments": "{}", "result": "9" * 200, "seconds": 0.51}),
         ("key_pressed", {"key": "5"}),
         *CUT,
-        ("model_failed", {"error": "404"}),
+        ("model_failed", {"error": "404"}),  # the bridge logs it as a warning
         ("model_used", {"usage": {}, "model": "", "kind": "response"}),
         ("call_ended", LONG_AGO + 62, {"reason": "caller hung up"}),
     ]
@@ -113,12 +114,28 @@ async def test_text(logged: Logged) -> None:
         "call       +********5678 → +*******0000",
         "caller ▸   天気は ？",
         "caller ▸   (no words)",
-        "tool       clock({}) → 9時  (0.51 s)",
+        f"tool       clock({{}}) → {'9' * 148}…  (0.51 s)",
         "key        5",
         "model ◂    一二 ✂ 三四五六七八  (heard 1.5 of 6.0 s)",
-        "model      404",
         "call       ended: caller hung up  (1:02)",
     ]
+
+
+async def test_cut_without_a_place(logged: Logged) -> None:
+    """Words that nobody heard are struck whole; where the call's end cut some, nobody knows."""
+    unheard: Event = ("model_said", {"item": "n", "text": "五六", "heard_ms": 0})
+    ended: Event = ("model_said", {"item": "o", "text": "七八", "heard_ms": 900})
+    lines = await logged(STARTED, unheard, ended, LOG_FORMAT="text")
+    assert [line[27:] for line in lines[1:]] == ["✂ 五六  (not heard)", "七八  (heard 0.9 s)"]
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+async def test_model_words(hook: LoadHook, form: str) -> None:
+    """Each piece of the model's words would wake the file for nothing."""
+    handling = hook("log", LOG_FORMAT=form).host.handling
+    told = {event for event, handlers in handling.items() if handlers}
+    silent = {"model_words", "caller_audio", "model_audio", "any_event"}
+    assert not told & silent and (form == "text" or told | silent == set(handling))
 
 
 async def test_wait_beside_the_words(logged: Logged) -> None:
@@ -157,7 +174,7 @@ NUMBERS = [
     ("+81 90 1234 5678", "+** ** **** 5678"),
     ("gpt-realtime 2026-11-23 0.0123456789 item_0123456789", None),
     ("sk-very-secret and 0123456789abcdef or fedcba9876543210", "*** and *** or ***"),
-    (f"token 1790000000.{'a1' * 32}", "token ***"),
+    (f"token 1790000000.{'b2' * 8}.{'a1' * 32}", "token ***"),
     ('secret "quoted\\', "secret ***"),
 ]
 

@@ -2,131 +2,93 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from typing import Any
 
 import pytest
-from conftest import Event, Loaded, LoadHook, PretendCall, until
+from conftest import Event, LoadHook, PretendCall, Watched, until
 
 
-def load(hook: LoadHook) -> Loaded:
-    """The file, ten times faster."""
-    waiting = hook("waiting")
-    waiting.module.WAIT_S, waiting.module.PERIOD_S, waiting.module.LOOK_S = 0.25, 0.2, 0.025
-    return waiting
+@pytest.fixture
+def waiting(hook: LoadHook) -> Watched:
+    module = hook("waiting").module
+    return Watched(module, module.waits, module.LOOK_S)
 
 
-def said(item: str, heard_ms: int | None = None) -> Event:
-    return ("model_said", {"item": item, "text": "はい。", "heard_ms": heard_ms})
+@pytest.fixture
+def call(waiting: Watched) -> PretendCall:
+    """One that has begun, and in which the model is about to speak."""
+    call = PretendCall()
+    call.busy = True
+    waiting.tell(call, "call_started")
+    return call
 
 
 def of(event: str, item: str, **facts: Any) -> Event:
     return (event, {"item": item, **facts})
 
 
-async def tones(call: PretendCall, within_s: float) -> int:
-    """How many tones begin within this time."""
-    before = len(call.did)
-    await asyncio.sleep(within_s)
-    return len(call.did) - before
-
-
-async def test_wait(hook: LoadHook) -> None:
+def test_wait(waiting: Watched, call: PretendCall) -> None:
     """A tone comes after the wait, and again after each period."""
-    waiting, call = load(hook), PretendCall()
-    call.busy = True  # the model is being connected
-    began = time.monotonic()
-    waiting.tell(call, "call_started")
-    await until(lambda: call.did)
-    assert 0.25 <= time.monotonic() - began < 0.35
-    assert await tones(call, 0.5) in (2, 3)
-    assert call.did == [f"play {len(waiting.module.TONE)}"] * len(call.did)
+    tone = f"play {len(waiting.module.TONE)}"
+    assert waiting.wait(call, 2.25) == []
+    assert waiting.wait(call, 0.25) == [tone]
+    assert waiting.wait(call, 1.75) == []
+    assert waiting.wait(call, 2.25) == [tone, tone]
 
 
-async def test_nothing_to_wait_for(hook: LoadHook) -> None:
-    """No tone comes when it is the caller's turn, however long they think."""
-    waiting, call = load(hook), PretendCall()
-    waiting.tell(call, "call_started")
-    assert await tones(call, 0.5) == 0
-
-
-async def test_wait_after_silence(hook: LoadHook) -> None:
-    """The time runs from the moment that the call is busy."""
-    waiting, call = load(hook), PretendCall()
-    waiting.tell(call, "call_started")
-    await asyncio.sleep(0.4)
+def test_nothing_to_wait_for(waiting: Watched, call: PretendCall) -> None:
+    """When it is the caller's turn no tone comes. The time runs from where the call is busy."""
+    call.busy = False
+    assert waiting.wait(call, 30) == []
     call.busy = True
-    assert await tones(call, 0.2) == 0
-    await until(lambda: call.did)
+    assert waiting.wait(call, 2.25) == []
+    assert len(waiting.wait(call, 0.25)) == 1
 
 
 @pytest.mark.parametrize(
     ("begin", "end"),
     [
-        (of("caller_started_speaking", "a"), of("caller_stopped_speaking", "a")),
-        (of("caller_started_speaking", "a"), of("caller_said", "a", text="")),
-        (of("model_started_speaking", "a"), said("a")),
-        (of("model_started_speaking", "a"), said("a", heard_ms=300)),
+        ("caller_started_speaking", "caller_stopped_speaking"),
+        ("caller_started_speaking", "caller_said"),  # the session was lost meanwhile
+        ("model_started_speaking", "model_said"),
     ],
-    ids=["caller", "caller of a lost session", "model", "interrupted model"],
 )
-async def test_voice(hook: LoadHook, begin: Event, end: Event) -> None:
+def test_voice(waiting: Watched, call: PretendCall, begin: str, end: str) -> None:
     """No tone comes over a voice, and the wait begins when the voice has ended."""
-    waiting, call = load(hook), PretendCall()
-    call.busy = True
-    waiting.tell(call, "call_started", begin)
-    assert await tones(call, 0.5) == 0
-    waiting.tell(call, end)
-    assert await tones(call, 0.2) == 0
-    await until(lambda: call.did)
+    waiting.tell(call, of(begin, "a"))
+    assert waiting.wait(call, 30) == []
+    waiting.tell(call, of(end, "a"))
+    assert waiting.wait(call, 2) == []
+    waiting.tell(call, of("caller_said", "a"))  # words come late, and change nothing
+    assert waiting.wait(call, 0.25) == []
+    assert len(waiting.wait(call, 0.25)) == 1
 
 
-async def test_short_voice(hook: LoadHook) -> None:
+def test_short_voice(waiting: Watched, call: PretendCall) -> None:
     """A voice that begins and ends between two looks is not overlooked."""
-    waiting, call = load(hook), PretendCall()
-    waiting.module.LOOK_S = 0.15
-    call.busy = True
-    waiting.tell(call, "call_started")
-    await asyncio.sleep(0.2)  # one look was at 0.15 s, the next is at 0.3 s
-    waiting.tell(call, of("model_started_speaking", "a"), said("a"))
-    assert await tones(call, 0.2) == 0
-    await until(lambda: call.did)
+    assert waiting.wait(call, 2) == []
+    waiting.tell(call, of("model_started_speaking", "a"), of("model_said", "a"))
+    assert waiting.wait(call, 2.25) == []
+    assert len(waiting.wait(call, 0.25)) == 1
 
 
-async def test_two_voices(hook: LoadHook) -> None:
+def test_two_voices(waiting: Watched, call: PretendCall) -> None:
     """While one of two items sounds, the end of the other brings no tone."""
-    waiting, call = load(hook), PretendCall()
-    call.busy = True
-    waiting.tell(call, "call_started", of("model_started_speaking", "a"))
-    waiting.tell(call, of("model_started_speaking", "b"), said("a"))
-    assert await tones(call, 0.5) == 0
+    waiting.tell(call, of("model_started_speaking", "a"), of("model_started_speaking", "b"))
+    waiting.tell(call, of("model_said", "a"))
+    assert waiting.wait(call, 30) == []
 
 
-async def test_end(hook: LoadHook) -> None:
-    """No tone comes after the call, and nothing is left of it."""
-    waiting, call = load(hook), PretendCall()
+async def test_thread(hook: LoadHook) -> None:
+    """The file looks by itself, and no more after the call, of which nothing is left."""
+    waiting, call = hook("waiting"), PretendCall()
     call.busy = True
-    waiting.tell(call, "call_started")
-    await until(lambda: call.did)
+    waiting.tell(call, ("call_started", time.monotonic() - 2.5, {}))
+    await until(lambda: call.did, 0.5)
     await waiting.tell_all(call, ("call_ended", {"reason": "caller hung up"}))
-    assert await tones(call, 0.5) == 0
-    assert call.notes == {} and len(asyncio.all_tasks()) == 1 and not waiting.warnings
-
-
-async def test_speed(hook: LoadHook) -> None:
-    """A hundred calls cost next to nothing."""
-    waiting, calls = hook("waiting"), [PretendCall(f"CA{number}") for number in range(100)]
-    for call in calls:
-        waiting.tell(call, "call_started")
-    await until(lambda: all(call.notes for call in calls))
-    used = time.process_time()
-    await asyncio.sleep(1)
-    assert time.process_time() - used < 0.1
-    for call in calls:
-        waiting.tell(call, ("call_ended", {"reason": "caller hung up"}))
-    await waiting.finish()
+    assert waiting.module.waits == call.notes == {} and not waiting.warnings
 
 
 def linear(mulaw: bytes) -> list[float]:
