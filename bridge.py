@@ -16,7 +16,7 @@
 Start it with `python bridge.py`; the README has the settings and the first call. Both sides speak
 G.711 mu-law at 8 kHz in base64, so sound passes through as it came: 8 bytes are 1 ms. Nothing in a
 call waits: a message of either side is handled to its end where it arrives, and what it causes is
-written at once. Only `Call.keep_session`, tools and hooks run beside that.
+written at once. Beside that run only `Call.keep_session`, `Call.live`, tools and hooks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from pathlib import Path
-from time import monotonic  # all times are in seconds of this clock
+from time import monotonic  # `now` and `…_at` are in seconds of it
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from xml.sax.saxutils import escape, quoteattr
@@ -92,10 +92,10 @@ class Settings:  # defaults; each is read from the environment variable of its n
     voice: str = "marin"  # marin and cedar are the ones that OpenAI recommends
     transcription_model: str = "gpt-transcribe"  # of the caller's words; empty: none
     session: Mapping[str, Any] = field(default_factory=dict)  # patches session.update (RFC 7396)
-    barge_in_ms: float = 400.0  # of voice interrupt the model; "off" (inf): nothing does
+    barge_in_ms: float = 400.0  # of voice interrupt; 0: OpenAI does it; "off" (inf): nothing
     max_calls: int = 100  # further callers hear a busy message
     max_call_seconds: float = 3600.0  # an OpenAI session ends after 60 minutes, too
-    drain_seconds: float = 240.0  # how long SIGTERM waits for calls to end by themselves
+    drain_seconds: float = 240.0  # how long a stop waits for calls to end by themselves
     hooks: str | None = None  # comma-separated names; None: every file in hooks/
     fly_machine_id: str = ""  # set by Fly.io itself
 
@@ -120,26 +120,29 @@ CALLED_OFF = "The caller goes on talking, so the call was not ended. Listen, and
 #                    ├─ `start` ── open_stream ── from_twilio, from_openai: one message at a time
 #                    └─ live: until `end` ── both sides are closed ── call_ended
 #
-# The state says what is true now. `go_on` looks at it after each message and four times a second,
-# and does what is due. So a message that does not come needs no code of its own.
+# The state says what is true now. `go_on` looks at it four times a second and after each message
+# (but Twilio's media), and does what is due. So hardly a message that fails to come needs code.
 
-TICK_S, UNCLAIMED_S = 0.25, 10.0  # a call whose stream does not come in time is forgotten
-ANSWERS_S, ASK_AGAIN_S, FAILED_S = 1.5, 2.5, 1.0  # see `look_after_model`; a rate limit passes
+TICK_S, UNCLAIMED_S = 0.25, 10.0  # a call without a stream ends after so long
+ANSWERS_S, ASK_AGAIN_S, FAILED_S = 1.5, 2.5, 1.0  # before a request: first, next, after an error
 GREETING_S, SILENCE_S = 8.0, 20.0  # a caller waits no longer for what is owed
-DEAD_S, DEAF_S = 6.0, 8.0  # without any event of a response, of a session
+DEAD_S, DEAF_S = 6.0, 8.0  # without an event of a response; of a session that was asked
 SESSION_S, LASTED_S = 8.0, 2.0  # without a session; one that is lost sooner was none
 UNWANTED_S, TURN_LOST_S = 3.0, 9.0  # OpenAI responds, and its semantic VAD decides, sooner
-LAST_WORDS_S, VAD_SILENCE_S = 1.0, 0.5  # speech_stopped comes so long after the last sound
-MAX_ECHOES, ECHO_MS = 3, 2000  # answers in a row that were cut so soon, without words
-CALLS_OFF_MS, CALLED_OFF_S = 700.0, 8.0  # voice calls a hang-up off; so much silence does not
-WORDS_S, WORDS_AT_END_S, GOODBYE_S = 10.0, 0.8, 15.0  # what is waited for, at most
+LAST_WORDS_S, VAD_SILENCE_S = 1.0, 0.5  # by default speech_stopped comes so late
+# The echo of the model interrupts it at once, again and again. After so many such cuts in a row no
+# voice does, until the caller says other words than the model's or an item is heard to its end.
+MAX_ECHOES, ECHO_MS = 3, 2000
+CALLS_OFF_MS, CALLED_OFF_S = 700.0, 8.0  # voice calls a hang-up off; then silence ends the call
+WORDS_S, WORDS_AT_END_S, GOODBYE_S = 10.0, 0.8, 15.0  # the longest wait for each
 MAX_QUEUED_S, MAX_HISTORY = 300.0, 200  # speech at Twilio; texts that a new session is told
 MAX_TEXT = 20_000  # characters of one of them
 MAX_TOOLS, MAX_TOOL_ROUNDS = 16, 8  # of one response; in a row without a sound
-HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_response"}  # crossings
-FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}  # codes or types
-REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}  # of HTTP; closes by OpenAI
-# The form of nearly all of Twilio's media messages; others are parsed as JSON.
+HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_response"}  # crossed
+# What a new session does not mend: an error's code or type; an HTTP status, OpenAI's close code.
+FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}
+REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}
+# The form of nearly all of Twilio's media messages, because to match costs less than to parse.
 MEDIA = re.compile(
     r'(?a){"event":"media"[^{]*{.*?timestamp":"(\d{1,12})","payload":"([a-zA-Z0-9+/]+={0,2})"'
 )
@@ -157,7 +160,7 @@ class Answer:  # the response in progress: from OpenAI's response.created to its
     created_at: float
     life_at: float  # when its last event came
     sounded: bool = False
-    cut: bool = False  # the caller spoke over it, or nobody wants it: no more of it is heard
+    cut: bool = False  # it was interrupted, or is unwanted: no more of it goes to Twilio
 
 
 @dataclass(slots=True)
@@ -165,8 +168,8 @@ class Ending:  # the call is to end as soon as the caller has heard what the mod
     reason: str  # for call_ended
     twiml: str  # what /twilio/next responds with
     final: bool  # no caller calls it off by talking
-    deadline: float
-    called_off_by: str = ""  # the item of the turn that did
+    deadline: float  # when it ends in any case
+    called_off_by: str = ""  # the item of the turn that called it off
 
 
 class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
@@ -175,26 +178,26 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         self.sid, self.stream_sid = sid, ""  # Twilio's "CA…" and "MZ…" (once the stream is open)
         self.caller, self.called = caller, called  # "+81…", but also "anonymous" or a SIP address
         self.notes: Object = {}  # for hooks and tools; the bridge does not look at it
-        self.next_url, self.reconnects = next_url, 0  # where Twilio asks what is next
+        self.next_url, self.reconnects = next_url, 0  # where Twilio asks what is next; how often
         self.log = logging.LoggerAdapter(log, {"call": sid})
         self.twilio: TwilioConnection | None = None  # once the stream is open
         self.openai: OpenAIConnection | None = None  # the latest; may be closed
-        self.session, self.lost_at = 0, self.began_at  # how many; since when there is none
+        self.session, self.lost_at = 0, self.began_at  # its number; since when none is ready
         self.ready_at = 0.0  # when OpenAI accepted session.update; 0: it has not
-        self.cause = self.failed = ""  # why a session was lost last; why nothing comes any more
+        self.cause = self.failed = ""  # why the last session was lost; why the call is given up
         self.history: dict[str, tuple[str, str]] = {}  # item -> role, text; for a new session
         self.playback, self.audio = Playback(), CallerAudio()
-        self.notices: deque[bytes] = deque(maxlen=8)  # of `play`, until the model is silent
-        self.turns: dict[str, float] = {}  # item -> when the caller stopped; until its words come
-        self.speaking, self.speaking_at = "", 0.0  # the item of the turn that the caller speaks
+        self.notices: deque[bytes] = deque(maxlen=8)  # sounds of `play`, until the model is silent
+        self.turns: dict[str, float] = {}  # item -> when the caller stopped (inf: not yet)
+        self.speaking, self.speaking_at = "", 0.0  # the turn that is being spoken; since when
         self.undecided = False  # … over the model, and not yet enough to interrupt it
         self.unwanted_until = 0.0  # a response that begins until then may be to a backchannel
-        self.echoes, self.last_words = 0, ""  # answers cut at once, in a row; the model's words
+        self.echoes, self.last_words = 0, ""  # see MAX_ECHOES; of the last item that was heard
         # What the model owes the caller: None, or the `response` of the response.create that asks
-        # for it. The sound of a response created since then clears it, or its tool calls do.
+        # for it. The sound of a response created since then clears it; so do tool calls.
         self.owed: Object | None = None
-        self.owed_at = self.quiet_until = 0.0  # since when; nothing is asked for before
-        self.attempts = self.tool_rounds = 0  # to have it; responses that only called tools
+        self.owed_at = self.quiet_until = 0.0  # since when; the bridge asks no sooner
+        self.attempts = self.tool_rounds = 0  # to have it; silent rounds of tools in a row
         self.asked_at = 0.0  # the oldest request that no event has followed; 0: none
         self.active: Answer | None = None
         self.tools: asyncio.Task[None] | None = None  # that the last response called
@@ -228,7 +231,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         size = len(payload) * 3 // 4 - payload[-2:].count("=")  # of base64, without decoding it
         if gap_ms := audio.take(timestamp_ms, size / 8, now):
             self.log.info("%.0f ms of the caller's audio are missing: filled with silence", gap_ms)
-            # 30 s are enough, because no sentence hangs on more.
+            # 30 s are enough, because they end any sentence.
             mulaw = b"\xff" * round(min(gap_ms, 30_000) * 8) + base64.b64decode(payload)
             payload = base64.b64encode(mulaw).decode()
         audio.keep(payload, not self.ready_at or self.speaking != "")
@@ -236,7 +239,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.openai.put('{"type":"input_audio_buffer.append","audio":"' + payload + '"}')
         if voice := audio.voice:  # enough of it interrupts the model, or calls a hang-up off
             voice.add(base64.b64decode(payload))
-            # OpenAI may hear a caller who is too quiet for the measure.
+            # A caller too quiet for our measure counts by OpenAI's, less the silence in that.
             spoken_ms = max(voice.ms, (now - self.speaking_at) * 1000 - 700)
             if self.undecided and spoken_ms >= self.bridge.barge_in_ms and self.echoes < MAX_ECHOES:
                 self.stop_model(now)
@@ -248,7 +251,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     # ── OpenAI's events: https://platform.openai.com/docs/api-reference/realtime ──
     # A turn of the caller's: speech_started, speech_stopped, committed; its words come later.
     # A response: response.created; for each of its items words and sound, both faster than they
-    # are spoken; response.done. The many events that are not named here need nothing.
+    # are spoken; response.done. Other events need nothing. `"" +` refuses an id that is no text.
 
     def from_openai(self, text: str) -> None:
         event, now = json.loads(text), monotonic()
@@ -257,7 +260,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             case "response.created":
                 unwanted = self.owed is None and now < self.unwanted_until  # to a backchannel
                 self.active, self.unwanted_until = Answer("" + event["response"]["id"], now, now), 0
-                if unwanted or (self.speaking and not self.model_heard(now)):
+                if unwanted or (self.speaking and not self.model_heard(now)):  # they talk on
                     self.cancel(self.active)
             case str(kind) if kind.startswith("response."):
                 of = event.get("response_id") or event["response"]["id"]
@@ -313,7 +316,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.cancel(answer)
         elif size and not self.over.done():
             self.notices.clear()
-            if "" in self.playback.items:
+            if "" in self.playback.items:  # a sound of `play`
                 self.clear(now)
             if not item.ends:
                 self.emit("model_started_speaking", item=item.id)
@@ -331,12 +334,12 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.twilio.put(media, f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}')
 
     # ── Turns and barge-in ──
-    # A caller who speaks over the model is listened to for BARGE_IN_MS of voice first. 「はい」 or
-    # a cough leaves the model alone, and OpenAI's response to it is not wanted. Longer speech
-    # interrupts: `clear` empties Twilio's queue, each item is truncated in the model's memory at
-    # what was heard of it, and what still comes of the response is dropped.
+    # A caller who speaks over the model interrupts it after BARGE_IN_MS of voice. 「はい」 or a
+    # cough is shorter: the model speaks on, and OpenAI's response to it is cancelled. To interrupt
+    # is this: `clear` empties Twilio's queue, each item is truncated in the model's memory at what
+    # was heard of it, the response is cancelled, and what still comes of it is dropped.
 
-    def model_heard(self, now: float) -> bool:  # or will be in a moment again
+    def model_heard(self, now: float) -> bool:  # or will be in a moment
         making = self.active and self.active.sounded and not self.active.cut
         return bool(making) or (self.playback.left_s(now) > 0 and "" not in self.playback.items)
 
@@ -365,7 +368,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             if by_voice:
                 self.echoes = self.echoes + 1 if (item.heard_ms or 0) < ECHO_MS else 0
 
-    def clear(self, now: float) -> list[Item]:  # returns the items that the caller has not heard
+    def clear(self, now: float) -> list[Item]:  # returns the items that were not heard to their end
         self.notices.clear()
         if self.twilio and self.playback.marks:
             self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}')
@@ -387,10 +390,11 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         last_sound_at = max(self.speaking_at, now - VAD_SILENCE_S)
         self.speaking, self.turns[item_id], self.audio.turn = "", now, len(self.audio.kept)
         self.emit("caller_stopped_speaking", item=item_id)
-        # What is said at the model's last words is an answer, however short; "off": all is.
-        last_words = self.playback.left_s(last_sound_at) < LAST_WORDS_S
-        last_words = last_words and not (self.active and not self.active.cut)
-        backchannel = self.undecided and not last_words and self.bridge.barge_in_ms < math.inf
+        # What is said at the model's last words is an answer, however short. With "off" every
+        # turn is one. During an ending no turn is, unless it has called that off.
+        at_last_words = self.playback.left_s(last_sound_at) < LAST_WORDS_S
+        at_last_words = at_last_words and not (self.active and not self.active.cut)
+        backchannel = self.undecided and not at_last_words and self.bridge.barge_in_ms < math.inf
         self.undecided, self.audio.voice = False, None
         if backchannel or (self.ending and not self.ending.called_off_by):
             self.unwanted_until = now + UNWANTED_S
@@ -472,7 +476,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 self.owed, self.owed_at = {}, self.asked_at
             self.attempts += bool(due)
             self.ready_at, self.asked_at, self.lost_at = 0.0, 0.0, now
-            self.bridge.close(self.openai)  # `keep_session` connects again
+            if self.openai:
+                self.openai.shut()  # `keep_session` connects again
         elif due:
             self.attempts, self.asked_at = self.attempts + 1, self.asked_at or now
             self.quiet_until = now + ASK_AGAIN_S
@@ -483,7 +488,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def response_done(self, answer: Answer, response: Object) -> None:
         status, details = response.get("status", "completed"), response.get("status_details") or {}
         error = details.get("error") or {}
-        why = f"{error.get('code') or details.get('reason') or status}"
+        why = error.get("code") or details.get("reason") or status
         calls = [item for item in response.get("output") or [] if item["type"] == "function_call"]
         calls = [call for call in calls if call.get("status", "completed") == "completed"]
         self.active = None
@@ -506,7 +511,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     async def use_tools(self, calls: list[Object], answer: Answer) -> None:  # side by side
         uses = [self.use_tool(call, answer.cut) for call in calls]
         wanted = await asyncio.gather(*uses, return_exceptions=True)
-        self.tools = None  # run_tool never raises
+        self.tools = None
         if any(wanted) and not (self.ending and answer.sounded):  # one goodbye is enough
             self.owe()
         self.go_on()
@@ -514,7 +519,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     async def use_tool(self, call: Object, cut: bool) -> bool:  # is the model to speak about it?
         session, began_at, call_id = self.session, monotonic(), call.get("call_id")
         name, arguments = str(call.get("name")), str(call.get("arguments") or "{}")
-        # 「はい」 must not book anything.
+        # A response to a backchannel is cut as well: 「はい」 must not book anything.
         result = NOT_DONE if cut else await self.bridge.hooks.run_tool(self, name, arguments)
         text, seconds = result or "", monotonic() - began_at
         self.remember(f"tool {call_id}", "system", known := f"{name}({arguments}) → {text}")
@@ -528,8 +533,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
 
     # ── The session with the model ──
     # It is connected at the webhook, so that the greeting is being made when the stream opens. A
-    # new session knows nothing: it is told what both sides have said, of a cut item only what was
-    # heard. Then it gets the caller's audio that the old one had not answered.
+    # new session knows nothing: it is told what both sides have said, and of the model's items only
+    # what was heard. Then it gets the caller's audio that the old one had not answered.
 
     async def keep_session(self) -> None:
         pause_s = 0.25
@@ -554,8 +559,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.active = None
             for item in self.playback.items.values():  # what Twilio has of them is heard
                 self.remember(item.id, "assistant", item.heard_text)
-            # The new session hears the turn that is spoken from its beginning.
-            self.caller_said(self.speaking, "")
+            self.caller_said(self.speaking, "")  # the next session gets all of that turn
             self.speaking, self.undecided, self.audio.voice = "", False, None
             if code in REFUSALS or any(word in why for word in FINAL):
                 self.give_up(f"{cause} (are OPENAI_API_KEY and the model right, and paid for?)")
@@ -567,7 +571,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
 
     def session_updated(self, audio: Object, now: float) -> None:  # what OpenAI made of it
         if any(audio[way]["format"]["type"] != "audio/pcmu" for way in ("input", "output")):
-            self.give_up("OpenAI grants another format than audio/pcmu: that would be noise")
+            self.give_up("OpenAI accepted another format than audio/pcmu: that would be noise")
             return
         self.ready_at = now
         for role, text in self.history.values():
@@ -577,14 +581,14 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.log.warning("the new session misses %d ms of audio", self.audio.dropped * 20)
         for payload in self.audio.kept:
             self.to_openai("input_audio_buffer.append", audio=payload)
-        self.quiet_until = now + ASK_AGAIN_S if self.audio.turn else 0.0  # it may hear that turn
+        self.quiet_until = now + ASK_AGAIN_S if self.audio.turn else 0.0  # it may find that turn
         if self.openai and not self.stream_sid:  # what it says waits unread for the caller
             self.openai.transport.pause_reading()
 
     def on_error(self, error: Object) -> None:  # most are recoverable, and the session stays open
-        text, hears = f"{error.get('code')}: {error.get('message')}", self.bridge.session["audio"]
+        text, audio = f"{error.get('code')}: {error.get('message')}", self.bridge.session["audio"]
         optional = not self.ready_at and "transcription" in str(error)
-        if optional and hears["input"].pop("transcription", None):
+        if optional and audio["input"].pop("transcription", None):
             self.fault(f"{text}: from now on without transcription")
             self.bridge.transcriber = ""
             self.to_openai("session.update", session=self.bridge.session)
@@ -603,7 +607,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if not self.failed and not self.over.done():
             self.failed, self.ready_at = why, 0.0
             self.fault(f"{why}: the caller hears an apology")
-            self.bridge.close(self.openai)
+            if self.openai:
+                self.openai.shut()
             self.end_when_heard("model lost", say(APOLOGY), final=True)
 
     def to_openai(self, kind: str, **content: Any) -> None:
@@ -654,7 +659,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         Raises ValueError for what is no number in E.164 form, such as +81312345678."""
         if not E164.fullmatch(number):
             raise ValueError("that is no telephone number: give one such as +81312345678 (E.164)")
-        # Twilio shows the caller's own number to the other side, unless that is none.
+        # Without callerId Twilio shows the caller's own number, which not every caller has.
         shown = "" if E164.fullmatch(self.caller) else f" callerId={quoteattr(self.called)}"
         action = f'action={quoteattr(self.next_url)} method="POST" timeout="20"'
         after = twiml(f"<Dial {action}{shown}>{number}</Dial>")
@@ -679,12 +684,13 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.emit("model_used", usage=usage, model=model, kind=kind)
 
     # ── The end ──
-    #     hang_up, transfer, limits, give_up, shutdown ── end_when_heard ── heard ──┐
-    #     `stop`, a lost stream ────────────────────────────────────────────────────┴─ end ── live
+    #     hang_up, transfer, limit, give_up, shutdown ── end_when_heard ── heard ──┐
+    #     `stop`, a lost stream, no stream ────────────────────────────────────────┴─ end ── live
+    # `live` closes the stream. Then Twilio asks /twilio/next, and gets the ending's TwiML.
 
     def end_when_heard(self, reason: str, twiml: str, final: bool = False) -> None:
         now, ending = monotonic(), self.ending
-        if ending and (ending.final or (final and reason != "transferred")):
+        if ending and (ending.final or (final and reason != "transferred")):  # final from now on
             ending.final, ending.called_off_by = True, ""
         else:
             self.ending = Ending(reason, twiml, final, now + self.playback.left_s(now) + GOODBYE_S)
@@ -699,9 +705,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.ending = None
 
     def end(self, reason: str, twiml: str = "") -> None:
-        """End the call now. Without TwiML it is not the bridge that ends it."""
+        """End the call now. Without TwiML others ended it: if Twilio asks, it goes on."""
         if not self.over.done():
-            twiml = twiml or ("" if self.stream_sid else say(APOLOGY))  # no stream came
+            twiml = twiml or ("" if self.stream_sid else say(APOLOGY))
             self.bridge.ended(self.sid, Past(twiml, self.history, self.notes, self.reconnects))
             self.over.set_result(reason)
 
@@ -715,16 +721,16 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if now - self.began_at > self.bridge.settings.max_call_seconds:
             self.end_when_heard("time limit", say(TIME_IS_UP), final=True)
         if self.speaking and (gap_s := now - audio.frame_at) > STALL_S:
-            self.from_caller("", audio.position_ms + gap_s * 1000)
+            self.from_caller("", audio.position_ms + gap_s * 1000)  # silence
         for item_id, stopped_at in list(self.turns.items()):
             if now - stopped_at > WORDS_S:
                 self.caller_said(item_id, "")
-        # A session that is deaf sends no event, not even that the caller speaks. So a caller who
-        # was loud, and has been silent for a while since the last event, is a reason to ask.
+        # A deaf session sends no event, not even speech_started. So after a loud voice, 2 s of
+        # quiet and no event, the bridge sends what every live session responds to.
         quiet_s = audio.listen(now)
         if self.ready_at and audio.unnoticed and quiet_s > 2 and not self.asked_at:
             self.asked_at = now
-            self.to_openai("session.update", session={"type": "realtime"})  # changes nothing
+            self.to_openai("session.update", session={"type": "realtime"})  # no change
         if self.speaking and min(quiet_s, now - self.speaking_at) > TURN_LOST_S:
             self.caller_stopped(self.speaking, now)  # its speech_stopped was lost
         self.go_on()
@@ -732,7 +738,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def open_stream(self, twilio: TwilioConnection, stream_sid: str) -> None:
         now = monotonic()
         self.twilio, self.stream_sid, twilio.handle = twilio, stream_sid, self.from_twilio
-        self.audio.frame_at = self.owed_at = now
+        self.audio.frame_at = self.owed_at = now  # from now on the caller waits
         self.emit("call_started")
         if self.openai:
             self.openai.transport.resume_reading()
@@ -746,7 +752,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         try:
             reason = await self.over
             self.playback.cut(monotonic())
-            self.bridge.close(self.twilio)
+            if self.twilio:
+                self.twilio.shut()
             until = monotonic() + WORDS_AT_END_S  # OpenAI may still owe words and usage
             while self.ready_at and monotonic() < until:
                 if not self.active and all(at == math.inf for at in self.turns.values()):
@@ -893,11 +900,11 @@ class Playback:  # what Twilio was given, and how much of it the caller has hear
 
 # ── 4 Caller audio ──────────────────────────────────────────────────────────────────────────────
 #
-# The model hears by the call's clock: 20 ms of sound for each 20 ms. Twilio sometimes leaves a gap:
-# timestamps jump, or nothing comes for a while. Then the model would wait for ever for the end of a
-# sentence, so gaps are filled with silence. `position_ms` counts both, so that sound which comes
-# late is not padded twice. What a new session would need is kept: all since the caller began to
-# speak, until that turn is known in words or answered; else the last second.
+# OpenAI's VAD knows no clock but the audio: 20 ms of it for each 20 ms. Twilio sometimes leaves a
+# gap: timestamps jump, or nothing comes for a while. Then the VAD would wait for ever for the end
+# of a sentence, so gaps are filled with silence. `position_ms` counts audio and silence, so that
+# audio which comes late is not padded twice. A new session gets what is kept: all from a second
+# before the caller began to speak, until that turn is known in words or answered; else a second.
 #
 # Voice is what is twice as loud as the noise of this call. A mu-law byte is nearly a logarithm, so
 # a mean of them is a loudness. 16 steps are 6 dB, and from -48 dBFS down the steps are even, so the
@@ -934,12 +941,12 @@ class Voice:  # how many ms of voice there are without a pause, up to now; `befo
 
 class CallerAudio:  # the caller's audio on its way to the model; no I/O
     def __init__(self) -> None:
-        self.position_ms = -1.0  # how far the model has heard, by Twilio's timestamps
+        self.position_ms = -1.0  # how much was appended, by Twilio's timestamps
         self.frame_at = 0.0  # when the last frame came
         self.kept: deque[str] = deque()  # payloads, base64 as they came, usually 20 ms each
         self.turn = self.dropped = 0  # those of a turn that ended; those that were too many
         self.voice: Voice | None = None  # only while it matters how much voice there is
-        self.noise, self.voice_at = 127.0, -math.inf  # the quietest of late; when it was louder
+        self.noise, self.voice_at = 127.0, -math.inf  # the quietest of late; the last louder frame
         self.unnoticed = False  # … and OpenAI has sent no event since
 
     def take(self, timestamp_ms: float, ms: float, now: float) -> float:
@@ -950,7 +957,7 @@ class CallerAudio:  # the caller's audio on its way to the model; no I/O
         return gap_ms
 
     def keep(self, payload: str, needed: bool) -> None:
-        """`needed`: the caller speaks, or no session hears it."""
+        """`needed`: the caller speaks, or no session gets it."""
         self.kept.append(payload)
         while len(self.kept) > (KEPT if needed or self.turn else PREROLL):
             self.kept.popleft()
@@ -966,7 +973,7 @@ class CallerAudio:  # the caller's audio on its way to the model; no I/O
         return b"".join(map(base64.b64decode, list(self.kept)[-PREROLL:]))
 
     def listen(self, now: float) -> float:
-        """How long the caller has been quiet, in seconds: a rough look at every fifth frame."""
+        """How long the caller has been quiet, in seconds: a rough look at two of ten frames."""
         for payload in list(self.kept)[-10::5]:
             level = loudness(base64.b64decode(payload))
             self.noise = min(self.noise + 0.1, level)
@@ -981,12 +988,12 @@ class CallerAudio:  # the caller's audio on its way to the model; no I/O
 EVENTS = {  # -> arguments besides `call` and `at` (time.monotonic() at the event)
     "call_started": "",  # Twilio's stream is open and verified
     "model_asked": "",  # the bridge itself asked the model to speak
-    "caller_started_speaking": "item",  # OpenAI heard the caller begin
+    "caller_started_speaking": "item",  # OpenAI's VAD noticed the caller begin
     "caller_stopped_speaking": "item",  # … and stop
     "caller_said": "item text",  # their words; "" when there are none; once for each turn
     "model_started_speaking": "item",  # the first sound of an item goes to Twilio
     "model_words": "item text",  # a piece of its words as they are made: ahead of what is heard
-    "model_said": "item text heard_ms",  # … once that is settled; heard_ms None: all was played
+    "model_said": "item text heard_ms",  # all its words, once it is known what was heard; None: all
     "model_interrupted": "item heard_ms sent_ms",  # barge-in: how much of the item was heard
     "model_used": "usage model kind",  # tokens as OpenAI reports them; None: it never did
     "model_failed": "error",  # a fault of the model's side, and what the bridge does about it
@@ -997,10 +1004,10 @@ EVENTS = {  # -> arguments besides `call` and `at` (time.monotonic() at the even
     "call_ended": "reason",  # once for each call_started, and last
     "any_event": "event facts",  # all of the above but the two of audio
 }
-KIND: Any = {"string": str, "boolean": bool, "integer": int, "number": int | float}  # of JSON
+KIND: Any = {"string": str, "boolean": bool, "integer": int, "number": int | float}  # JSON's
 KIND |= {"array": list, "object": dict}
 to_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
-MAX_WAITING, TOOL_S, MAX_RESULT = 1000, 20.0, 16_000  # events of a file; s; characters
+MAX_WAITING, TOOL_S, MAX_RESULT = 1000, 20.0, 16_000  # hooks' events, or log lines; s; characters
 
 
 def handle(waiting: queue.SimpleQueue[Any]) -> None:
@@ -1060,6 +1067,7 @@ class Hooks:
         thread.start()
         for event, function in inspect.getmembers(module, inspect.isfunction):
             if event[0] != "_" and (near := difflib.get_close_matches(event, EVENTS, 1, 0.75)):
+                # A name close to an event's is that event, or a misspelling of it.
                 names = list(inspect.signature(function).parameters)
                 known = [near[0], "call", "at", *EVENTS[near[0]].split()]
                 if odd := [word for word in (event, *names) if word not in known]:
@@ -1153,7 +1161,7 @@ OVER = ("completed", "busy", "failed", "no-answer", "canceled")  # CallStatus
 ROUTES = ("/", "/health", "/twilio/voice", "/twilio/stream", "/twilio/next")
 HTML, JSON, XML = "text/html; charset=utf-8", "application/json", "text/xml; charset=utf-8"
 CALL_SID, STREAM_SID = re.compile("CA[0-9a-f]{32}"), re.compile("MZ[0-9a-f]{32}")
-NAMED = re.compile("(/twilio/(?:stream|next))/([0-9a-z]+)")  # with the machine that has the call
+NAMED = re.compile("(/twilio/(?:stream|next))/([0-9a-z]+)")  # with the machine of the call (Fly)
 E164 = re.compile(r"\+[1-9]\d{6,14}", re.ASCII)
 LOOPBACK = re.compile(r"(?i)\[?((.*\.)?localhost|(::ffff:)?127(\.\d+){3}|::1)\]?(:\d*)?")
 # What proxies and tunnels add; Cloudflare, ngrok, Envoy and AWS among them.
@@ -1185,15 +1193,13 @@ def reply(twilio: Any, status: int, text: Any, kind: str = "text/plain", **more:
 
 
 @dataclass(slots=True)
-class Past:
-    """A call that has ended, for what comes after it."""
-
+class Past:  # a call that has ended, for what comes after it
     twiml: str  # what /twilio/next responds with; "": it is not the bridge that ended the call
     history: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: Object = field(default_factory=dict)
     reconnects: int = 0
     ended_at: float = field(default_factory=monotonic)
-    asked: bool = False  # what is next
+    asked: bool = False  # Twilio has asked what is next
     opening: str = LINE_IS_BACK + GO_ON  # how the model begins when the caller is back
 
 
@@ -1215,7 +1221,7 @@ class Bridge:
         self.draining, self.refused = False, 0  # SIGTERM has come; requests of strangers
         tokens = [token.strip() for token in settings.twilio_auth_token.split(",") if token.strip()]
         self.validators = [RequestValidator(token) for token in tokens]
-        self.secret = (tokens[0] if tokens else secrets.token_hex()).encode()
+        self.secret = (tokens[0] if tokens else secrets.token_hex()).encode()  # every machine's
 
     def connect(self) -> Any:
         key = self.settings.openai_api_key
@@ -1224,10 +1230,6 @@ class Bridge:
         # A line that is dead without a word is found in 10 s; a message has 16 MiB at most.
         how |= {"ping_interval": 5, "ping_timeout": 5, "close_timeout": 1, "max_size": 16 << 20}
         return connect(self.url, create_connection=CONNECTIONS["openai"], proxy=None, **how)
-
-    def close(self, connection: Wire | None, code: int = 1000) -> None:
-        if connection:
-            connection.shut(code)
 
     # ── Requests ──
 
@@ -1317,7 +1319,7 @@ class Bridge:
     # ── TwiML ──
 
     def address(self, request: Request, route: str = "") -> str:
-        """Where Twilio reaches us. Without a setting that is where this computer did."""
+        """Where Twilio reaches us: PUBLIC_BASE_URL, or else the Host of this request."""
         base, here = self.settings.public_base_url, self.settings.fly_machine_id
         base = base or "https://" + request.headers.get("Host", "")
         return base + (route and f"/twilio/{route}" + (here and f"/{here}"))
@@ -1334,7 +1336,7 @@ class Bridge:
             return self.next(form, request)
         if refusal := self.no_room():
             return refusal
-        self.past.pop(sid, None)  # what that call was told does not reach this one
+        self.past.pop(sid, None)  # an earlier call's history and notes do not reach this one
         self.begin(form, request)
         return self.stream(form, request)
 
@@ -1370,12 +1372,8 @@ class Bridge:
 
     def begin(self, form: Mapping[str, str], request: Request) -> Call:
         """A call, whose model is connected now."""
-        sid, greeting, past = (
-            form["CallSid"],
-            self.settings.greeting,
-            self.past.pop(form["CallSid"], None),
-        )
-        caller, called = form.get("From", ""), form.get("To", "")
+        sid, caller, called = form["CallSid"], form.get("From", ""), form.get("To", "")
+        greeting, past = self.settings.greeting, self.past.pop(sid, None)
         call = self.calls[sid] = Call(self, sid, caller, called, self.address(request, "next"))
         if past:
             call.history, call.notes = past.history, dict(past.notes)
@@ -1428,7 +1426,7 @@ class Bridge:
         about = token.rpartition(".")[0]
         real = hmac.compare_digest(self.token(sid, about).encode(), token.encode())
         if not real or token in self.seen or int(about.partition(".")[0]) < time.time():
-            if CALL_SID.fullmatch(sid) and sid not in self.calls:  # Twilio asks what is next
+            if CALL_SID.fullmatch(sid) and sid not in self.calls:  # for /twilio/next
                 self.ended(sid, Past(twiml=say(APOLOGY)))
             raise ValueError("a stream without a valid token of its call")
         self.seen.append(token)
@@ -1481,7 +1479,7 @@ class Wire(Connection):
             if self.unreadable >= self.most_unreadable:
                 self.shut(1008, "too many of them")  # policy violation
 
-    def shut(self, code: int, why: str = "") -> None:
+    def shut(self, code: int = 1000, why: str = "") -> None:
         """Close it; what still comes of it means nothing."""
         if why:
             log.warning("%s is closed: %s", type(self).__name__, why)
@@ -1504,7 +1502,7 @@ class Wire(Connection):
 
 
 class OpenAIConnection(Wire, ClientConnection):
-    """OpenAI's side."""
+    pass
 
 
 class TwilioConnection(Wire, ServerConnection):
@@ -1548,7 +1546,7 @@ class TwilioConnection(Wire, ServerConnection):
             self.hand_on(413)
         elif len(body) >= size:
             self.form, probe = body[:size].decode("utf-8", "replace"), ServerProtocol()
-            probe.receive_data(plain := bytes(LENGTH.sub(b"", head) + blank))
+            probe.receive_data(plain := bytes(LENGTH.sub(b"", head) + blank))  # would it drop it?
             self.hand_on(0 if probe.events_received() else 400, plain)
         elif not body and b"\r\nexpect: 100-continue" in head.lower():
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1671,9 +1669,7 @@ async def drain(bridge: Bridge, signals: list[int]) -> None:
 async def run(settings: Settings, hooks: Hooks) -> None:
     if settings.openai_realtime_url == Settings.openai_realtime_url and not settings.openai_api_key:
         if not hooks.offline:
-            raise ValueError(
-                "OPENAI_API_KEY is not set: give one, or copy hooks/offline.py as well"
-            )
+            raise ValueError("OPENAI_API_KEY is not set: give one, or copy hooks/offline.py too")
         url = await hooks.offline()
         settings = replace(settings, openai_realtime_url=url, openai_realtime_model="offline-model")
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
@@ -1726,11 +1722,10 @@ def main() -> int:
         read_dotenv(here / ".env")
         settings = read_settings(os.environ)
         asyncio.run(run(settings, Hooks(here / "hooks", settings.hooks)))
-    except (OSError, ValueError, SystemExit) as exc:
-        status = 1 if isinstance(exc, OSError) else 2
-        fault = (
-            f"cannot listen: give a free PORT, a HOST of ours ({exc})" if status == 1 else str(exc)
-        )
+    except OSError as exc:
+        status, fault = 1, f"cannot listen: give a free PORT, a HOST of ours ({exc})"
+    except (ValueError, SystemExit) as exc:
+        status, fault = 2, str(exc)
     writer.waiting.put(None)
     thread.join(1.0)  # what nobody reads is left
     if status:
@@ -1741,9 +1736,9 @@ def main() -> int:
 # ── 8 The fast wire ─────────────────────────────────────────────────────────────────────────────
 #
 # A `Wire` costs a task's wake-up, a queue and a frame object for each 20 ms of sound. Here whole
-# text messages are cut out of the bytes as they come, and written the same way. The handshake, ping
-# and close stay websockets' business; after a fragment or a long message all of a connection is, so
-# that the order stays. Without this section everything works, a third dearer.
+# text messages are cut out of the bytes as they come, and written the same way. websockets handles
+# the handshake, pings, pongs and closes, and from a fragment or a message of 64 KiB on all that
+# comes, so that the order stays. Without this section everything works, a third dearer.
 #
 #   a frame (RFC 6455, 5.2): 0x81 = final, text │ 0x80 if masked, + length or 126 │ … │ mask │ text
 
@@ -1761,7 +1756,7 @@ MASKS = masks()
 class FastWire(Wire):
     cutting: bool | None = None  # None: `read` has not begun; False: websockets reads from here on
     kept = b""  # bytes that wait for `read`, or for the rest of their frame
-    ours, theirs = 0, 0x80  # a client masks what it sends, a server does not
+    ours, theirs = 0, 0x80  # the mask bit: a client masks what it sends, a server does not
 
     async def read(self) -> None:
         self.cutting = True
@@ -1798,8 +1793,7 @@ class FastWire(Wire):
             super().data_received(data[at:])
 
     def put(self, *texts: str) -> None:
-        frames: list[bytes] = []
-        ours = self.ours
+        frames, ours = list[bytes](), self.ours
         if self.state is State.OPEN and max(map(len, texts)) < 0x4000:  # 4 bytes each at most
             for text in texts:
                 data = text.encode()
