@@ -344,7 +344,11 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         return bool(making) or (self.playback.left_s(now) > 0 and "" not in self.playback.items)
 
     def caller_started(self, item_id: str, now: float) -> None:
-        self.speaking, self.speaking_at, self.turns[item_id] = item_id, now, math.inf
+        if self.speaking:  # its end was lost
+            self.caller_said(self.speaking, "")
+        else:
+            self.speaking_at = now
+        self.speaking, self.turns[item_id] = item_id, math.inf
         self.emit("caller_started_speaking", item=item_id)
         at_once = self.bridge.barge_in_ms == 0 and self.echoes < MAX_ECHOES
         self.undecided = self.model_heard(now) and not at_once
@@ -495,7 +499,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         self.used("response", response.get("usage"))
         if FINAL & set(map(str, error.values())):
             self.give_up(f"{why}: {error.get('message')}")
-        elif status == "completed" and calls:
+        elif status == "completed" and calls and self.tool_rounds < MAX_TOOL_ROUNDS:
             self.owed, self.attempts = None, 0
             self.tool_rounds += not answer.sounded
             self.tools = asyncio.create_task(self.use_tools(calls[:MAX_TOOLS], answer))
@@ -592,6 +596,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.fault(f"{text}: from now on without transcription")
             self.bridge.transcriber = ""
             self.to_openai("session.update", session=self.bridge.session)
+        elif not self.ready_at and error.get("type") == "server_error":
+            self.fault(f"{text}: connecting again")
+            self.bridge.close(self.openai)
         elif not self.ready_at or FINAL & set(map(str, error.values())):
             self.give_up(f"OpenAI refuses: {text} ({error.get('param')})")
         elif error.get("code") not in HARMLESS:
@@ -1088,19 +1095,30 @@ class Hooks:
                 log.error("%s is slow: %d events were dropped", function.__module__, self.dropped)
 
     async def in_thread(self, work: Callable[..., Any], *given: Any) -> Any:
-        return await contained(asyncio.get_running_loop().run_in_executor(self.pool, work, *given))
+        def run() -> Any:
+            try:
+                return work(*given)
+            except StopIteration as exc:  # which no future can carry
+                raise RuntimeError(repr(exc)) from exc
+
+        return await contained(asyncio.get_running_loop().run_in_executor(self.pool, run))
 
     async def run_tool(self, call: Any, name: str, arguments: str) -> str | None:
         """What a tool returns, as text; None: no response is wanted. A failure is told in words."""
         if name not in self.functions:
             return f"Error: there is no tool named {name}."
-        work = asyncio.wait_for(contained(self.use(call, name, arguments)), TOOL_S)
-        result: Any = (await asyncio.gather(work, return_exceptions=True))[0]
-        if isinstance(result, BaseException):  # also CancelledError, if the tool cancels itself
-            shown = None if isinstance(result, TimeoutError) else result
-            log.error("tool %s failed", name, exc_info=shown, extra={"call": call.sid})
-            result = f"Error: {result!r} (a tool has {TOOL_S:g} s)"
-        return None if result is None else str(result)[:MAX_RESULT]
+        task = asyncio.ensure_future(contained(self.use(call, name, arguments)))
+        done, _ = await asyncio.wait([task], timeout=TOOL_S)
+        try:
+            if not done:  # nobody waits for one that does not let itself be cancelled
+                task.cancel()
+                raise TimeoutError(f"{name} took longer than {TOOL_S:g} s")
+            return None if (result := task.result()) is None else result[:MAX_RESULT]
+        except (Exception, asyncio.CancelledError) as exc:  # the latter, if it cancels itself
+            log.error(
+                "tool %s failed", name, exc_info=exc if done else None, extra={"call": call.sid}
+            )
+            return f"Error: {exc!r}"[:MAX_RESULT]
 
     async def use(self, call: Any, name: str, arguments: str) -> str | None:
         tool, schema = self.functions[name]
@@ -1475,7 +1493,8 @@ class Wire(Connection):
             self.handle(message if isinstance(message, str) else message.decode())
         except Exception as exc:  # not what the protocol says, or a fault of ours: the call goes on
             self.unreadable += 1
-            log.warning("%s: bad message %d: %.200r", type(self).__name__, self.unreadable, exc)
+            side, kind, text = type(self).__name__, type(exc).__name__, clean(str(exc))
+            log.warning("%s: bad message %d: %s %.200s", side, self.unreadable, kind, text)
             if self.unreadable >= self.most_unreadable:
                 self.shut(1008, "too many of them")  # policy violation
 
@@ -1721,7 +1740,8 @@ def main() -> int:
     try:
         read_dotenv(here / ".env")
         settings = read_settings(os.environ)
-        asyncio.run(run(settings, Hooks(here / "hooks", settings.hooks)))
+        work = run(settings, Hooks(here / "hooks", settings.hooks))
+        asyncio.new_event_loop().run_until_complete(work)  # not asyncio.run: it waits for all tasks
     except OSError as exc:
         status, fault = 1, f"cannot listen: give a free PORT, a HOST of ours ({exc})"
     except (ValueError, SystemExit) as exc:
@@ -1819,7 +1839,7 @@ class FastOpenAI(FastWire, OpenAIConnection):
         if self.cutting is None and self.state is State.CONNECTING:
             head, blank, data = (self.kept + data).partition(b"\r\n\r\n")
             self.kept = b"" if blank else head
-            if not blank:
+            if not blank and len(head) < MAX_HEAD:
                 return
             super().data_received(head + blank)
         super().data_received(data)
