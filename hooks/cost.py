@@ -2,7 +2,7 @@
 call the log has one line:
 
     $0.1898: gpt-realtime audio in $0.0681 (2,127 tokens), gpt-realtime audio out $0.1206
-    (1,884 tokens), whisper-1 $0.0012 (0.20 minutes); Twilio's $0.0258 (2 min) come on top
+    (1,884 tokens), whisper-1 $0.0012 (0.20 minutes); Twilio's $0.0258 (2 min) comes on top
 
 A model without a price in PRICES, and a usage that OpenAI has not reported, are never guessed: then
 it says "at least". A call that the offline model answers costs nothing, and one that does not come
@@ -148,10 +148,11 @@ def today() -> str:
 
 def end_when_spent(call: Any) -> None:
     cost = call.notes["cost"]
-    left = min(BUDGET_PER_CALL - cost["known_usd"], BUDGET_PER_DAY - spent.get(today(), 0.0))
-    if left <= 0 and not cost["ending"]:
+    spent_by_call = cost["known_usd"] >= BUDGET_PER_CALL
+    if (spent_by_call or spent.get(today(), 0.0) >= BUDGET_PER_DAY) and not cost["ending"]:
         cost["ending"] = True
-        log.warning("the budget is spent: the model says goodbye", extra={"call": call.sid})
+        name = "BUDGET_PER_CALL_USD" if spent_by_call else "BUDGET_PER_DAY_USD"
+        log.warning("%s is spent: the model says goodbye", name, extra={"call": call.sid})
         call.tell_model(GOODBYE)
         call.hang_up(final=True)  # whatever the caller says into the goodbye
 
@@ -176,6 +177,6 @@ def call_ended(call: Any, at: float) -> None:
     if TWILIO_BILLS:
         minutes = max(1, math.ceil((at - cost["began"]) / 60))  # Twilio bills every minute begun
         numbers["twilio_usd"] = round(minutes * TWILIO_PER_MINUTE, 4)
-        text += f"; Twilio's ${minutes * TWILIO_PER_MINUTE:.4f} ({minutes} min) come on top"
+        text += f"; Twilio's ${minutes * TWILIO_PER_MINUTE:.4f} ({minutes} min) comes on top"
     if OPENAI_BILLS or TWILIO_BILLS:
         log.info(text, extra=numbers)

@@ -61,7 +61,7 @@ async def test_cost_of_a_call(cost: Loaded) -> None:
     (line,) = cost.records
     text = line.getMessage()
     assert text.startswith("$0.2054: gpt-realtime text in $0.0124 (3,100 tokens), ")
-    assert text.endswith("whisper-1 $0.0012 (0.20 minutes); Twilio's $0.0258 (2 min) come on top")
+    assert text.endswith("whisper-1 $0.0012 (0.20 minutes); Twilio's $0.0258 (2 min) comes on top")
     assert (line.call, round(line.usd, 4), line.complete, line.twilio_usd) == (
         "CA1",
         0.2054,
@@ -136,7 +136,7 @@ async def test_unknown_usage(cost: Loaded, usage: Any) -> None:
 async def test_twilio_minutes(cost: Loaded, seconds: float, minutes: int) -> None:
     """Twilio bills every minute that has begun."""
     await cost.tell_all(PretendCall(), *used(seconds=seconds))
-    assert f"Twilio's ${0.0129 * minutes:.4f} ({minutes} min) come on top" in cost.log[-1]
+    assert f"Twilio's ${0.0129 * minutes:.4f} ({minutes} min) comes on top" in cost.log[-1]
 
 
 async def test_offline_model(hook: LoadHook) -> None:
