@@ -1017,7 +1017,7 @@ to_json = functools.partial(json.dumps, ensure_ascii=False, default=str)
 MAX_WAITING, TOOL_S, MAX_RESULT = 1000, 20.0, 16_000  # hooks' events, or log lines; s; characters
 
 
-def handle(waiting: queue.SimpleQueue[Any]) -> None:
+def run_handlers(waiting: queue.SimpleQueue[Any]) -> None:
     """The thread of a hook file: whatever a handler raises, the next event finds it alive."""
     for function, names, known, loop in iter(waiting.get, None):
         try:
@@ -1069,7 +1069,7 @@ class Hooks:
         self.functions, self.pages = self.functions | tools, self.pages | pages
         self.offline = getattr(module, "OFFLINE_MODEL", self.offline)
         waiting = queue.SimpleQueue[Any]()
-        thread = threading.Thread(target=handle, args=[waiting], name=name, daemon=True)
+        thread = threading.Thread(target=run_handlers, args=[waiting], name=name, daemon=True)
         self.files[name] = thread, waiting
         thread.start()
         for event, function in inspect.getmembers(module, inspect.isfunction):
