@@ -129,7 +129,7 @@ GREETING_S, SILENCE_S = 8.0, 20.0  # a caller waits no longer for what is owed
 DEAD_S, DEAF_S = 6.0, 8.0  # without an event of a response; of a session that was asked
 SESSION_S, LASTED_S = 8.0, 2.0  # without a session; one that is lost sooner was none
 UNWANTED_S, TURN_LOST_S = 3.0, 9.0  # OpenAI responds, and its semantic VAD decides, sooner
-LAST_WORDS_S, VAD_SILENCE_S = 1.0, 0.5  # by default speech_stopped comes so late
+LAST_WORDS_S = 1.0
 # The echo of the model interrupts it at once, again and again. After so many such cuts in a row no
 # voice does, until the caller says other words than the model's or an item is heard to its end.
 MAX_ECHOES, ECHO_MS = 3, 2000
@@ -240,7 +240,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if voice := audio.voice:  # enough of it interrupts the model, or calls a hang-up off
             voice.add(base64.b64decode(payload))
             # A caller too quiet for our measure counts by OpenAI's, less the silence in that.
-            spoken_ms = max(voice.ms, (now - self.speaking_at) * 1000 - 700)
+            spoken_ms = max(voice.ms, (now - self.speaking_at) * 1000 - self.bridge.vad_ms - 200)
             if self.undecided and spoken_ms >= self.bridge.barge_in_ms and self.echoes < MAX_ECHOES:
                 self.stop_model(now)
             if voice.ms >= CALLS_OFF_MS:
@@ -391,7 +391,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.add_text("system", HEARD_ONLY + item.heard_text)
 
     def caller_stopped(self, item_id: str, now: float) -> None:
-        last_sound_at = max(self.speaking_at, now - VAD_SILENCE_S)
+        last_sound_at = max(self.speaking_at, now - self.bridge.vad_ms / 1000)
         self.speaking, self.turns[item_id], self.audio.turn = "", now, len(self.audio.kept)
         self.emit("caller_stopped_speaking", item=item_id)
         # What is said at the model's last words is an answer, however short. With "off" every
@@ -437,7 +437,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
 
     def go_on(self) -> None:
         now = monotonic()
-        for item in self.playback.settle(now, self.active.id if self.active else ""):
+        for item in self.playback.settle(now, self.active.id if self.active else None):
             if item.id and item.ends:
                 self.remember(item.id, "assistant", item.heard_text)
                 if item.heard_ms is None:
@@ -482,6 +482,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.ready_at, self.asked_at, self.lost_at = 0.0, 0.0, now
             if self.openai:
                 self.openai.shut()  # `keep_session` connects again
+                self.cause = "closed with 1000"  # by us, which is told already
         elif due:
             self.attempts, self.asked_at = self.attempts + 1, self.asked_at or now
             self.quiet_until = now + ASK_AGAIN_S
@@ -550,7 +551,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                     self.to_openai("session.update", session=self.bridge.session)
                     await openai.read()
                 code, why = openai.close_code or 0, openai.close_reason or ""
-                cause = f"closed with {code} {why}"
+                cause = f"closed with {code} {why}".strip()
             except Exception as exc:  # refused, reset, a broken handshake, an unknown name …
                 cause, refusal = str(exc) or type(exc).__name__, getattr(exc, "response", None)
                 code, why = (refusal.status_code, str(refusal.body)) if refusal else (0, "")
@@ -706,7 +707,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         ending = self.ending
         if ending and not ending.final and not ending.called_off_by:
             ending.called_off_by, ending.deadline = item_id, monotonic() + CALLED_OFF_S
-            self.log.info("%s is called off: the caller goes on talking", ending.reason)
+            self.log.info("the end (%s) is called off: the caller goes on talking", ending.reason)
             self.tell(CALLED_OFF)
         elif ending and ending.called_off_by not in ("", item_id):  # they go on and on
             self.ending = None
@@ -747,6 +748,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         self.twilio, self.stream_sid, twilio.handle = twilio, stream_sid, self.from_twilio
         self.audio.frame_at = self.owed_at = now  # from now on the caller waits
         self.emit("call_started")
+        if why := self.failed or self.cause:  # told now, for nobody was told before
+            self.emit("model_failed", error=clean(why))
         if self.openai:
             self.openai.transport.resume_reading()
         if self.attempts:  # the greeting is asked for already
@@ -1232,6 +1235,11 @@ class Bridge:
         self.session, self.barge_in_ms = session_update(settings, self.model, hooks.tools)
         transcription = self.session["audio"]["input"].get("transcription") or {}
         self.transcriber = str(transcription.get("model", ""))
+        turns = self.session["audio"]["input"].get("turn_detection") or {}
+        semantic = (
+            turns.get("type") == "semantic_vad"
+        )  # it may wait so long for the rest of a sentence
+        self.vad_ms = 4000.0 if semantic else turns.get("silence_duration_ms", 500)
         self.calls: dict[str, Call] = {}  # by CallSid, from the webhook to the last close
         self.past: dict[str, Past] = {}  # by CallSid
         self.seen = deque[str](maxlen=MAX_SEEN)  # tokens, and signatures of webhooks
@@ -1688,7 +1696,7 @@ async def drain(bridge: Bridge, signals: list[int]) -> None:
 async def run(settings: Settings, hooks: Hooks) -> None:
     if settings.openai_realtime_url == Settings.openai_realtime_url and not settings.openai_api_key:
         if not hooks.offline:
-            raise ValueError("OPENAI_API_KEY is not set: give one, or copy hooks/offline.py too")
+            raise ValueError("OPENAI_API_KEY is not set: give one, or copy the hooks folder too")
         url = await hooks.offline()
         settings = replace(settings, openai_realtime_url=url, openai_realtime_model="offline-model")
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
@@ -1743,7 +1751,7 @@ def main() -> int:
         work = run(settings, Hooks(here / "hooks", settings.hooks))
         asyncio.new_event_loop().run_until_complete(work)  # not asyncio.run: it waits for all tasks
     except OSError as exc:
-        status, fault = 1, f"cannot listen: give a free PORT, a HOST of ours ({exc})"
+        status, fault = 1, f"cannot start ({exc}): is PORT free, and HOST an address of ours?"
     except (ValueError, SystemExit) as exc:
         status, fault = 2, str(exc)
     writer.waiting.put(None)
