@@ -146,11 +146,12 @@ REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}
 MEDIA = re.compile(
     r'(?a){"event":"media"[^{]*{.*?timestamp":"(\d{1,12})","payload":"([a-zA-Z0-9+/]+={0,2})"'
 )
-CLOSING = re.compile(  # words that agree or take leave: they call no hang-up off
-    "(?i)(はい|ええ|うん|いえ|いいえ|あっ?|では|じゃあ?|それでは|どうも|結構です|大丈夫です"
-    "|わかりました|承知しました|ありがとう(ございま(す|した))?|お願い(し|いたし)ます|よろしく"
-    "|すみません|失礼(し|いたし)ま(す|した)|さよ(う)?なら|おやすみなさい|お疲れ様です|バイバイ"
-    "|yes|ok|thank(you|s)|(good)?bye)+"
+# Words that agree or take leave: they call no hang-up off. Each is read in one way only (?>…)++.
+CLOSING = re.compile(
+    "(?i)(?>はい|ええ|うん|いいえ|いえ|じゃあ|じゃ|それでは|では|どうも|結構です|大丈夫です"
+    "|わかりました|承知しました|ありがとう(?>ございます|ございました)?|お願い(?>し|いたし)ます"
+    "|よろしく|すみません|失礼(?>し|いたし)ま(?>す|した)|さよう?なら|おやすみなさい|お疲れ様です"
+    "|バイバイ|あっ|あ|yes|ok|thank(?>you|s)|(?>good)?bye)++"
 )
 
 
@@ -599,7 +600,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.to_openai("session.update", session=self.bridge.session)
         elif not self.ready_at and error.get("type") == "server_error":
             self.fault(f"{text}: connecting again")
-            self.bridge.close(self.openai)
+            if self.openai:
+                self.openai.shut()
         elif not self.ready_at or FINAL & set(map(str, error.values())):
             self.give_up(f"OpenAI refuses: {text} ({error.get('param')})")
         elif error.get("code") not in HARMLESS:
@@ -1244,7 +1246,7 @@ class Bridge:
         self.past: dict[str, Past] = {}  # by CallSid
         self.seen = deque[str](maxlen=MAX_SEEN)  # tokens, and signatures of webhooks
         self.silent: dict[TwilioConnection, asyncio.TimerHandle] = {}  # without a request so far
-        self.draining, self.refused = False, 0  # SIGTERM has come; requests of strangers
+        self.draining, self.refused = False, (0, 0)  # SIGTERM has come; requests of strangers
         tokens = [token.strip() for token in settings.twilio_auth_token.split(",") if token.strip()]
         self.validators = [RequestValidator(token) for token in tokens]
         self.secret = (tokens[0] if tokens else secrets.token_hex()).encode()  # every machine's
@@ -1286,8 +1288,9 @@ class Bridge:
         try:
             form = self.verified(twilio, request, target)
         except (ValueError, LookupError) as exc:
-            self.refused += 1  # a flood is not to fill the log
-            if self.refused < 100 or self.refused.bit_count() == 1:
+            second = int(monotonic())
+            self.refused = (second, self.refused[1] + 1 if second == self.refused[0] else 1)
+            if self.refused[1] <= 20:  # a flood is not to fill the log
                 log.warning("403 for %s from %s: %r", path, twilio.peer, str(exc))
             return reply(twilio, 403, "This was not verified. The log says what to set.\n")
         if not is_twilio:
