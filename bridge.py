@@ -291,7 +291,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             case "conversation.item.input_audio_transcription.failed":
                 self.fault(f"no words for a turn ({event.get('error')}): the call goes on")
                 self.caller_said(event["item_id"], "")
-        self.go_on()
+        if not event["type"].endswith("delta"):  # which make nothing due
+            self.go_on()
 
     def from_model(self, kind: str, answer: Answer, event: Object, now: float) -> None:
         if not (item := self.playback.items.get("" + event["item_id"])):
@@ -1787,7 +1788,7 @@ MASKS = masks()
 class FastWire(Wire):
     cutting: bool | None = None  # None: `read` has not begun; False: websockets reads from here on
     kept = b""  # bytes that wait for `read`, or for the rest of their frame
-    ours, theirs = 0, 0x80  # the mask bit: a client masks what it sends, a server does not
+    ours, theirs, head = 0, 0x80, b"\x81\x7e"  # the mask bit: a client masks, a server does not
 
     async def read(self) -> None:
         self.cutting = True
@@ -1802,14 +1803,14 @@ class FastWire(Wire):
         end = len(data)
         while self.cutting and end - at > 1:
             kind, size, begin = data[at], data[at + 1] ^ theirs, at + 2
-            if kind not in (0x81, 0x89, 0x8A) or size > 126 or self.state is not State.OPEN:
+            if kind not in (0x81, 0x89, 0x8A) or size > 126:
                 self.cutting = False
                 break
             if size == 126:
                 if end - at < 4:
                     break
                 size, begin = data[at + 2] << 8 | data[at + 3], at + 4
-            begin += 4 if theirs else 0
+            begin += theirs >> 5  # a mask has 4 bytes
             if (stop := begin + size) > end:
                 break
             if kind == 0x81:
@@ -1824,18 +1825,26 @@ class FastWire(Wire):
             super().data_received(data[at:])
 
     def put(self, *texts: str) -> None:
-        frames, ours = list[bytes](), self.ours
-        if self.state is State.OPEN and max(map(len, texts)) < 0x4000:  # 4 bytes each at most
-            for text in texts:
-                data = text.encode()
-                size = len(data)
-                head = (ours | size,) if size < 126 else (ours | 126, size >> 8, size & 0xFF)
-                key = next(MASKS) if ours else b""
-                frames += bytes((0x81, *head)), key, apply_mask(data, key) if ours else data
-            self.transport.write(b"".join(frames))
+        frames = b""
+        for text in texts:
+            data = text.encode()
+            size = len(data)
+            if not self.cutting or size > 0xFFFF:
+                super().put(*texts)
+                return
+            short = size < 126
+            head = bytes((0x81, self.ours | size)) if short else self.head + size.to_bytes(2, "big")
+            if self.ours:
+                head += (key := next(MASKS))
+                data = apply_mask(data, key)
+            frames += head + data
+        self.transport.write(frames)
+        if self.transport.get_write_buffer_size() > MAX_UNSENT:
             self.check_unsent()
-        else:
-            super().put(*texts)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.cutting = False
+        super().connection_lost(exc)
 
 
 class FastTwilio(FastWire, TwilioConnection):
@@ -1843,7 +1852,7 @@ class FastTwilio(FastWire, TwilioConnection):
 
 
 class FastOpenAI(FastWire, OpenAIConnection):
-    ours, theirs = 0x80, 0
+    ours, theirs, head = 0x80, 0, b"\x81\xfe"
 
     def data_received(self, data: bytes) -> None:
         """OpenAI's first frame may come together with the end of the handshake."""
