@@ -418,12 +418,15 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if words and not self.speaking and not self.turns:
             self.audio.forget_turn()
         if bare := re.sub(r"\W", "", words):
-            if bare not in re.sub(r"\W", "", self.last_words):  # else it may be an echo
-                self.echoes = 0
-            if not CLOSING.fullmatch(bare):
+            echo = len(bare) > 3 and bare in re.sub(r"\W", "", self.last_words)  # of the model
+            self.echoes = self.echoes if echo else 0
+            if not echo and not CLOSING.fullmatch(bare):
                 self.call_off(item_id)
-            elif self.ending and self.ending.called_off_by == item_id:
-                self.ending.called_off_by = ""  # they took leave as well
+            elif self.ending and self.ending.called_off_by == item_id:  # their voice did, in vain
+                self.ending.called_off_by, self.owed = "", None
+                self.unwanted_until = monotonic() + UNWANTED_S
+                if self.active and not self.active.sounded:
+                    self.cancel(self.active)
 
     # ── What the model owes the caller ──
     #     owed ─ 1.5 s ─ ask ─ 2.5 s ─ ask ─ 2.5 s ─ new session, ask ─ 2.5 s ─ apology
@@ -443,7 +446,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             if item.id and item.ends:
                 self.remember(item.id, "assistant", item.heard_text)
                 if item.heard_ms is None:
-                    self.last_words, self.echoes = item.text, 0
+                    self.last_words = item.text
+                    self.echoes = self.echoes if self.model_heard(now) else 0  # more may be cut
                 self.emit("model_said", item=item.id, text=item.text, heard_ms=item.heard_ms)
         if not self.failed and not self.over.done():
             self.look_after_model(now)
