@@ -33,7 +33,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 from xml.etree import ElementTree
 
 import pytest
@@ -55,7 +55,7 @@ SIGNED = {"twilio_auth_token": "12345, second", "public_base_url": BASE}
 IN_PROGRESS = {"CallStatus": "in-progress"}
 SIGNAL = signal.signal
 Object = dict[str, Any]
-SID, STREAM_SID = "CA" + "0" * 32, "MZ" + "0" * 32
+SID, STREAM = "CA" + "0" * 32, "MZ" + "0" * 32
 LOUD, SILENCE, ROOM, HUM = b"\x90", b"\xff", b"\xf7", b"\xdf"  # mu-law: loud, none, faint, 32
 
 # ── The clock, and both other sides ─────────────────────────────────────────────────────────────
@@ -74,15 +74,6 @@ class Turned(selectors.SelectSelector):
         return ready
 
 
-class TurnedLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.turned = Turned()
-        super().__init__(self.turned)
-
-    def time(self) -> float:
-        return self.turned.now
-
-
 def b64(mulaw: bytes) -> str:
     return base64.b64encode(mulaw).decode()
 
@@ -93,26 +84,27 @@ class FakeWire:
     attempt, shut = bridge.Wire.attempt, bridge.Wire.shut
     most_unreadable = bridge.MAX_UNREADABLE
     handle: Callable[[str], object]
+    take: Callable[[str], None]
     close_code: int | None = None
     close_reason = ""
 
     def __init__(self, scene: Scene) -> None:
         self.scene, self.unreadable, self.waiting = scene, 0, list[str]()
         scene.wires.append(self)
-        self.transport = SimpleNamespace(pause_reading=self.pause, resume_reading=self.resume)
-        self.paused, self.closed = False, asyncio.get_running_loop().create_future()
+        self.transport, self.paused, self.closed = (
+            self,
+            False,
+            asyncio.get_running_loop().create_future(),
+        )
 
     def put(self, *texts: str) -> None:
         for text in texts:
             self.take(text)
 
-    def take(self, text: str) -> None:
-        raise NotImplementedError
-
-    def pause(self) -> None:
+    def pause_reading(self) -> None:
         self.paused = True
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         self.paused = False
         waiting, self.waiting = self.waiting, []
         for text in waiting:
@@ -183,7 +175,7 @@ class FakeTwilio(FakeWire):
 
     def take(self, text: str) -> None:
         message, loop = json.loads(text), asyncio.get_running_loop()
-        assert message["streamSid"] == STREAM_SID
+        assert message["streamSid"] == STREAM
         match message["event"]:
             case "media":
                 sound = base64.b64decode(message["media"]["payload"])
@@ -202,15 +194,13 @@ class FakeTwilio(FakeWire):
 
     def play_mark(self, name: str) -> None:
         if self.out.pop(name, None) and self.marks:
-            self.feed({"event": "mark", "streamSid": STREAM_SID, "mark": {"name": name}})
+            self.feed({"event": "mark", "streamSid": STREAM, "mark": {"name": name}})
 
     def frame(self, mulaw: bytes, skip_ms: int = 0) -> None:
         at = self.timestamp_ms + skip_ms
         self.timestamp_ms = at + len(mulaw) // 8
         media = {"track": "inbound", "chunk": "1", "timestamp": str(at), "payload": b64(mulaw)}
-        self.feed(
-            {"event": "media", "sequenceNumber": "1", "media": media, "streamSid": STREAM_SID}
-        )
+        self.feed({"event": "media", "sequenceNumber": "1", "media": media, "streamSid": STREAM})
 
 
 class Spy(bridge.Hooks):
@@ -327,7 +317,7 @@ class Scene:
 
     def start(self) -> None:
         self.twilio = FakeTwilio(self, marks=self.marks)
-        self.call.open_stream(self.twilio, STREAM_SID)  # type: ignore[arg-type]
+        self.call.open_stream(self.twilio, STREAM)  # type: ignore[arg-type]
 
     async def run(self, script: str, until: float) -> None:
         await self.open()
@@ -340,7 +330,7 @@ class Scene:
     async def hang_up(self) -> None:
         """The end that each call comes to: started and ended are told once."""
         if hasattr(self, "twilio"):
-            self.twilio.feed({"event": "stop", "streamSid": STREAM_SID})
+            self.twilio.feed({"event": "stop", "streamSid": STREAM})
         self.call.end("caller hung up")
         await asyncio.wait_for(self.call.life, 3)
         told = [event for event, _ in self.hooks.told]
@@ -355,7 +345,7 @@ class Scene:
             case "start":
                 self.start()
             case "stop":
-                self.twilio.feed({"event": "stop", "streamSid": STREAM_SID})
+                self.twilio.feed({"event": "stop", "streamSid": STREAM})
             case "lost":
                 self.call.end("twilio lost")
             case "over":  # an answer of 5 s, and after 1 s so many ms of the caller's voice over it
@@ -406,11 +396,9 @@ class Scene:
                 self.event("response.content_part.added", response_id=name, item_id="x", part={})
             case "done":
                 status, _, why = more.partition(" ")
-                response = {"id": name, "status": status or "completed", "output": []}
-                details: Object = {"reason": why}
-                if status == "failed":
-                    details = {"error": {"code": why, "type": "x", "message": "m"}}
-                response |= {"status_details": details, "usage": 2}
+                response = {"id": name, "status": status or "completed", "output": [], "usage": 2}
+                error = {"error": {"code": why, "type": "x", "message": "m"}}
+                response["status_details"] = error if status == "failed" else {"reason": why}
                 self.event("response.done", response=response)
             case "calls":  # tools, each as name:call_id, or name:call_id:status ("-": none)
                 output = []
@@ -452,7 +440,9 @@ WATCHED = "ask cancel truncate clear setup probe output end"
 
 def turned(work: Coroutine[Any, Any, Any]) -> Any:
     """Run it in a loop whose clock is turned; what is raised in a callback fails the test."""
-    loop, wrong = TurnedLoop(), list[Object]()
+    clock, wrong = Turned(), list[Object]()
+    loop = asyncio.SelectorEventLoop(clock)
+    loop.time = lambda: clock.now  # type: ignore[method-assign]
     loop.set_exception_handler(lambda _, context: wrong.append(context))
     with mock.patch.object(bridge, "monotonic", loop.time):
         try:
@@ -475,6 +465,7 @@ def play(script: str, expected: str = "", watch: str = WATCHED, **options: Any) 
     within = options.pop("within", 0.26)
     expected = re.sub(r"(\S+) cut (\w+ \d+)", r"\1 clear; \1 truncate \2", expected)
     expected = re.sub(r"(\S+) renew", r"\1 setup; \1 ask", expected)
+    expected = re.sub("([A-Z]+_[A-Z]+) ?", lambda name: getattr(bridge, name[1]), expected)
     wanted = [step.lstrip().partition(" ")[::2] for step in expected.split(";") if step.strip()]
     steps = [step.split()[0] for step in f"{script};{expected}".split(";") if step.strip()]
 
@@ -492,6 +483,8 @@ def play(script: str, expected: str = "", watch: str = WATCHED, **options: Any) 
     shown = "; ".join(f"{round(at, 2):g} {line}" for at, line in seen)
     assert right, f"\n  seen: {shown}\nwanted: {expected}"
     assert not any(wire.unreadable for wire in scene.wires), "a message raised"
+    assert scene.call.speaking or not scene.call.audio.voice, "a measure goes on for nothing"
+    assert "" not in [*scene.call.history, *(facts.get("item") for _, facts in scene.hooks.told)]
     return scene
 
 
@@ -503,6 +496,18 @@ def table(rows: str) -> Any:
         more = eval(f"dict({options})", globals())
         params.append(pytest.param(script, expected, more, id=name))
     return pytest.mark.parametrize(("script", "expected", "options"), params)
+
+
+def plays(text: str) -> Any:
+    """A test that plays each row; in its first line is the fact, and options of all rows."""
+    head, _, rows = re.sub(r"\n {8,}", " ", text).partition("\n")
+    fact, _, options = head.partition(" | ")
+
+    def test(script: str, expected: str, options: Object) -> None:
+        play(script, expected, **common | options)
+
+    common, test.__doc__ = eval(f"dict({options})", globals()), fact
+    return table(rows)(test)
 
 
 # ── Playback ────────────────────────────────────────────────────────────────────────────────────
@@ -595,36 +600,27 @@ def test_gaps(script: str, expected: str, options: Object) -> None:
     assert gaps == [float(gap) for gap in expected.split()]
 
 
-def kept(audio: Any, count: int, needed: bool = False, byte: bytes = SILENCE) -> None:
-    for _ in range(count):
-        audio.keep(b64(byte * 160), needed)
-
-
 def test_kept_audio() -> None:
     """A second while nobody speaks; a turn as a whole, at most a minute; then what comes after."""
     audio = bridge.CallerAudio()
 
-    def state() -> tuple[int, int, int]:
+    def kept(count: int, needed: bool = False, byte: bytes = SILENCE) -> tuple[int, int, int]:
+        for _ in range(count):
+            audio.keep(b64(byte * 160), needed)
         return len(audio.kept), audio.turn, audio.dropped
 
-    kept(audio, 150)
-    assert state() == (50, 0, 0)
-    kept(audio, 1000, needed=True)
-    audio.turn = len(audio.kept)
-    kept(audio, 100)  # the turn is over, but neither known in words nor answered
-    assert state() == (1150, 1050, 0)
+    assert kept(150) == (50, 0, 0)
+    audio.turn = kept(1000, needed=True)[0]
+    assert kept(100) == (1150, 1050, 0)  # the turn is over, but neither known in words nor answered
     audio.forget_turn()
-    assert state() == (100, 0, 0)
-    kept(audio, 1)
-    kept(audio, 3050, needed=True)
-    assert state() == (3000, 0, 100)
+    assert kept(0) == (100, 0, 0) and kept(1) == (50, 0, 0)
+    assert kept(3050, needed=True) == (3000, 0, 100)
     audio.turn = 500
-    kept(audio, 250, needed=True)
-    assert state() == (3000, 250, 350)
+    assert kept(250, needed=True) == (3000, 250, 350)
     audio.forget_turn()
-    assert state() == (2750, 0, 0)
-    kept(audio, 20, True, b"b")
-    kept(audio, 40, True, b"c")
+    assert kept(0) == (2750, 0, 0)
+    kept(20, True, b"b")
+    kept(40, True, b"c")
     assert audio.last_second() == b"b" * 1600 + b"c" * 6400
 
 
@@ -661,36 +657,32 @@ def test_voice(script: str, expected: str, options: Object) -> None:
 def test_listen() -> None:
     """A caller who was loud since OpenAI's last event is noticed, and for how long not any more."""
     audio = bridge.CallerAudio()
-    kept(audio, 50)
-    assert audio.listen(10.0) > 1e9 and not audio.unnoticed
-    kept(audio, 10, True, LOUD)
-    assert audio.listen(11.0) == 0 and audio.unnoticed
-    kept(audio, 50)
-    assert audio.listen(13.5) == 2.5
+    for at, byte, quiet_s in ((10.0, SILENCE, math.inf), (11.0, LOUD, 0.0), (13.5, SILENCE, 2.5)):
+        for _ in range(10):
+            audio.keep(b64(byte * 160), True)
+        assert audio.listen(at) == quiet_s and audio.unnoticed == (at > 10)
 
 
 # ── session.update ──────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("target", "patch", "result"),
-    [
-        ({"a": "b"}, {"a": "c"}, {"a": "c"}),  # from here on the examples of RFC 7396
-        ({"a": "b"}, {"a": None}, {}),
-        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
-        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
-        (["a", "b"], ["c", "d"], ["c", "d"]),
-        ({"a": "foo"}, None, None),
-        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
-        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),  # … up to here
-        ({"v": {"type": "s", "x": 1}}, {"v": {"type": "t"}}, {"v": {"type": "t"}}),
-        ({"v": {"type": "s"}}, {"v": {"type": "s", "y": 2}}, {"v": {"type": "s", "y": 2}}),
-        ({"v": {"type": "s", "x": 1}}, {"v": {"x": 2}}, {"v": {"type": "s", "x": 2}}),
-    ],
-)
-def test_merge_patch(target: Any, patch: Any, result: Any) -> None:
+PATCHES: list[tuple[Any, Any, Any]] = [  # examples of RFC 7396, and then of our own
+    ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+    ({"a": "b"}, {"a": None}, {}),
+    ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+    (["a", "b"], ["c", "d"], ["c", "d"]),
+    ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+    ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ({"v": {"type": "s", "x": 1}}, {"v": {"type": "t"}}, {"v": {"type": "t"}}),
+    ({"v": {"type": "s"}}, {"v": {"type": "s", "y": 2}}, {"v": {"type": "s", "y": 2}}),
+    ({"v": {"type": "s", "x": 1}}, {"v": {"x": 2}}, {"v": {"type": "s", "x": 2}}),
+]
+
+
+def test_merge_patch() -> None:
     """RFC 7396, but an object whose `type` changes is replaced."""
-    assert bridge.merge_patch(target, patch) == result
+    for target, patch, result in PATCHES:
+        assert bridge.merge_patch(target, patch) == result, (target, patch)
 
 
 def session(model: str = "gpt-realtime-2.1", tools: Any = (), **more: Any) -> Object:
@@ -703,18 +695,15 @@ def test_session_update() -> None:
     vad = {"type": "server_vad", "threshold": 0.5, "prefix_padding_ms": 300}
     vad |= {"silence_duration_ms": 500, "create_response": True, "interrupt_response": False}
     pcmu, words = {"type": "audio/pcmu"}, {"model": "gpt-transcribe"}
-    assert session(instructions="Be brief.", tools=[tool]) == {
+    wanted: Object = {
         "type": "realtime",
         "output_modalities": ["audio"],
         "instructions": "Be brief.",
-        "audio": {
-            "input": {"format": pcmu, "turn_detection": vad, "transcription": words},
-            "output": {"format": pcmu, "voice": "marin"},
-        },
-        "reasoning": {"effort": "low"},
-        "tools": [tool],
-        "tool_choice": "auto",
     }
+    wanted |= {"reasoning": {"effort": "low"}, "tools": [tool], "tool_choice": "auto"}
+    hears = {"format": pcmu, "turn_detection": vad, "transcription": words}
+    wanted |= {"audio": {"input": hears, "output": {"format": pcmu, "voice": "marin"}}}
+    assert session(instructions="Be brief.", tools=[tool]) == wanted
     names = "gpt-realtime-2.1 gpt-realtime-2 gpt-realtime-2-mini gpt-realtime gpt-realtime-20"
     assert ["reasoning" in session(name) for name in names.split()] == [True] * 3 + [False] * 2
     assert "transcription" not in session(transcription_model="")["audio"]["input"]
@@ -732,8 +721,6 @@ def turns(patch: Any) -> Object:
     never | inf | False inf | patch={}
     its own true | 400 | True 0 | patch=turns({"interrupt_response": True})
     its own false | 400 | False inf | patch=turns({"interrupt_response": False})
-    false over 0 | 0 | False inf | patch=turns({"interrupt_response": False})
-    true over off | inf | True 0 | patch=turns({"interrupt_response": True})
     another turn detection | 400 | False 400 | patch=turns({"type": "semantic_vad"})
 """)
 def test_interrupt_response(script: str, expected: str, options: Object) -> None:
@@ -747,7 +734,7 @@ def test_interrupt_response(script: str, expected: str, options: Object) -> None
 # ── Nobody is left in silence ───────────────────────────────────────────────────────────────────
 
 
-@table("""
+test_silence = plays("""What does not come: asked for at 1.5 s, at 4 s, in a new session; apology.
     turn without a response | 0 turn u | 1.5 ask; 4 ask; 6.5 renew; 9 end Say
     turn without words | 0 begins u; 0 stops u | 1.5 ask; 4 ask; 6.5 renew; 9 end Say
     response.created, then nothing | 0 turn u; 1 created r | 7.2 cancel r; 7.2 ask; 9.8 ask; 12.5
@@ -759,8 +746,6 @@ def test_interrupt_response(script: str, expected: str, options: Object) -> None
     life without end | 0 turn u; 0.5 created r; 5 life r; 10 life r; 15 life r; 20 life r | 20 end
         Say
     text only | 0 turn u; 1 created r; 1 life r; 1 done r; 2.4 says s b 500
-    text only twice | 0 turn u; 1 created r; 1 done r; 2.5 created s; 3 done s | 2.5 ask; 5 ask
-    content filter | 0 turn u; 1 created r; 1 done r incomplete content_filter; 2 | 2.5 ask
     failed | 0 turn u; 1 created r; 1 done r failed server_error; 2 | 2.5 ask
     cancelled although nobody spoke | 0 turn u; 1 created r; 1 done r cancelled client_cancelled; 2
         | 2.5 ask
@@ -778,27 +763,20 @@ def test_interrupt_response(script: str, expected: str, options: Object) -> None
         done r; 1.6 says s b 9; 9 | 1.5 ask
     after an answer the ladder begins anew | 0 turn u; 4.1 says r a 9; 10 created s; 10 done s; 11.6
         says t b 1; 30 | 1.5 ask; 4 ask; 11.5 ask
-    asked, then answered | 0 turn u; 1.6 says r a 500; 30 | 1.5 ask
     committed only | 0 begins u; 1 commits u; 2.6 says r a 500; 5 | 2.5 ask
     unknown commit | 0 commits x; 9
-    a hook's text | 0 tell_model x; 0; 0.1 says r a 500; 9 | 0 ask
     a hook's text, unanswered | 0 tell_model x | 0 ask; 2.5 ask; 5 setup; 5.2 ask; 7.7 end Say
     a caller who asks whether somebody is there | 0 turn u; 4.2 turn v もしもし; 8.4 turn w
         もしもし; 12.6 turn x もしもし; 16.8 turn y もしもし; 20 | 1.5 ask; 4 ask; 6 renew; 10 end
         Say
     a turn that only its sound tells | 0 hush 500; 0.5 voice 600; 1.1 hush 500; 0.6 begins u; 1.6
         stops u; 9 | 3.2 ask; 5.8 ask; 8.5 setup; 11 ask; 13.5 end Say
-    nothing owed | 60
     a turn that each session hears | 0 voice 600; 0.6 hush 1000 | 2 ask; 4.5 ask; 7.2 setup; 8.8
         ask; 11.2 end Say | plan="hears"
     asked for while the caller speaks | 0 begins u; 0.5 tell_model x; 5 stops u; 6 | 6.5 ask
 """)
-def test_silence(script: str, expected: str, options: Object) -> None:
-    """Whatever the model's side does not do: asked at 1.5 s, at 4 s, in a new session, apology."""
-    play(script, expected, **options)
 
-
-@table("""
+test_greeting = plays("""8 s from the stream to the first sound, or the apology. | opening="open"
     heard | 0.5 says g g 1000; 30 | 0 renew
     made before the stream | 0 says g g 1000; 2 start; 30 | | opening="dialled"
     never made | | 0 renew; 2.5 ask; 5.2 renew; 7.8 end Say
@@ -812,14 +790,10 @@ def test_silence(script: str, expected: str, options: Object) -> None:
     429 that is no rate limit | | 0 end Say | plan="http 429 insufficient_quota"
     429 without credit | | 0 end Say | plan="http 429 credit_balance_exhausted"
     no greeting | 30 | 0 setup | greeting=""
-    no greeting, no session | | 8 end Say | greeting="", plan="hang"
     8 s count from the stream | 6 start; 13 says g g 500; 20 | 8.5 ask; 11.2 renew |
         opening="dialled"
     key before it | 0.5 key 5; 1 says g g 500; 9 | 0 renew
 """)
-def test_greeting(script: str, expected: str, options: Object) -> None:
-    """The greeting's first sound within 8 s after the stream opens, or the apology."""
-    play(script, expected, **{"opening": "open", **options})
 
 
 def test_last_cause() -> None:
@@ -829,7 +803,7 @@ def test_last_cause() -> None:
     assert len(errors) <= 3 and "503" in errors[-1] and errors[-1].endswith("hears an apology")
 
 
-@table("""
+test_tools = plays("""Outputs are sent, one response is asked for; a tool ends how it likes.
     one | 0 tools add:c; 0.1 says s a 500; 9 | 0 output c 3; 0 ask
     two, asked once | 0 tools add:c slow:d; 6.1 says s a 9 | 0 output c 3; 6 output d at last; 6 ask
     that wants no answer | 0 tools note:c; 20 | 0 output c
@@ -846,13 +820,7 @@ def test_last_cause() -> None:
         last
     of a response that was cut | 0 starts r a 3000; 1 interrupt; 1.1 calls r add:c; 3 | 1 cancel r;
         1 cut a 1000; 1.1 output c The caller spoke over this, so it was not done.
-    of a session that is lost meanwhile | 0 tools slow:c; 1 closes 1006; 7 says s a 9 | 1.25 setup;
-        6 ask
-    while no session is there | 0 tools slow:c; 5.9 closes 1006; 7 says s a 9 | 6.15 renew
 """)
-def test_tools(script: str, expected: str, options: Object) -> None:
-    """Each output is sent, and one response asked for after all; a tool ends how it likes."""
-    play(script, expected, **options)
 
 
 def test_tool_limits() -> None:
@@ -866,7 +834,7 @@ def test_tool_limits() -> None:
     play(rounds, "; ".join(ask + " without tools" * (n > 6) for n, ask in enumerate(asks)))
 
 
-@table("""
+test_session = plays("""A silent session is asked, and replaced after 8 s; a lost one at once.
     deaf after an answer | 0 mute; 0 hush 500; 0.5 voice 1000; 1.5 hush 9000; 16 | 3.7 probe; 12
         setup; 19.8 end Say | within=0.5
     deaf, and the next one is not | 0 mute; 0 hush 500; 0.5 voice 1000; 1.5 hush 9000; 11 hears |
@@ -888,12 +856,7 @@ def test_tool_limits() -> None:
     quota in a response | 0 turn u; 1 created r; 1 done r failed insufficient_quota | 1 end Say
     close 4004 | 0 closes 4004 no model | 0 end Say
     close 3000 | 0 closes 3000 invalid_request_error | 0 end Say
-    close 1000 | 0 closes 1000 bye; 9 | 0.25 setup
-    close 1006 | 0 closes 1006; 9 | 0.25 setup
 """)
-def test_session(script: str, expected: str, options: Object) -> None:
-    """A session that says nothing is asked, then replaced after 8 s; a lost one is at once."""
-    play(script, expected, **options)
 
 
 @table("""
@@ -919,24 +882,20 @@ def test_history(script: str, expected: str, options: Object) -> None:
     assert "/".join(told) == expected
 
 
-@table("""
-    what a tool found | 0 tools slow:c; 1 closes 1006; 7 says s a 9 | 1.2 assistant どうぞ。; 6
-        system slow({}) → at last
-    what it found in between | 0 tools slow:c; 5.9 closes 1006; 7 says s a 9 | 6.2 assistant
-        どうぞ。; 6.2 system slow({}) → at last
+test_told = plays("""The model is told what it cannot know.
+        | watch="assistant system user ask output"
+    what a tool found | 0 tools slow:c; 1 closes 1006; 7 says s a 9 | 1.2 assistant どうぞ。;
+        6 system slow({}) → at last; 6 ask
+    what it found in between | 0 tools slow:c; 5.9 closes 1006; 7 says s a 9 |
+        6.2 assistant どうぞ。; 6.2 system slow({}) → at last; 6.2 ask
     heard in part after a loss | 0 says r a 2000 あいうえおかきくけこ; 0.75 closes 1006; 1.2
         interrupt; 4 | 1 assistant どうぞ。; 1 assistant あいうえおかきくけこ; 1.2 system HEARD_ONLY
         あいうえおか
     heard whole after a loss | 0 says r a 2000 あい; 0.75 closes 1006; 3 interrupt; 4 | 1 assistant
         どうぞ。; 1 assistant あい
     called off, once | 0 bye; 1 begins u; 1.3 stops u; 2 words u あの; 2.1 says s b 500; 4 turn v
-        えと; 4.1 says t c 9 | 2 system CALLED_OFF
+        えと; 4.1 says t c 9 | 2 system CALLED_OFF; 2 ask
 """)
-def test_told(script: str, expected: str, options: Object) -> None:
-    """Outputs of a lost session, what was heard after all, a call-off: the model is told."""
-    for name in "HEARD_ONLY", "CALLED_OFF":
-        expected = re.sub(f"{name} ?", getattr(bridge, name), expected)
-    play(script, expected, "assistant system user", **options)
 
 
 def test_history_bound() -> None:
@@ -956,18 +915,29 @@ def test_history_bound() -> None:
     a turn that was answered | 0 voice 600; 0.1 begins u; 0.6 stops u; 0.7 says r a 100; 1 closes
         1006; 2 | 0
     the last second of a silent caller | 0 hush 3000; 3 closes 1006; 4 | 1000
+    jump of the timestamps | 0 hush 100; 0.2 gap 500; 1 | 620 | within=0
+    jitter of 30 ms | 0 hush 100; 0.2 gap 30; 1 | 120 | within=0
+    40 s | 0 hush 100; 0.2 gap 40000; 1 | 30120 | within=0
+    stall in a turn | 0 hush 100; 0 begins u; 1.2 stops u; 1.3 says s b 9; 9 | 1000 | within=250
+    stall in silence | 0 hush 100; 9 | 100 | within=0
+    late after a stall | 0 hush 100; 0 begins u; 1.1 hush 100; 1.2 stops u; 1.3 says s b 9; 2 | 1100
+        | within=250
 """)
-def test_kept_for_a_new_session(script: str, expected: str, options: Object) -> None:
-    """A new session hears the turn that is not answered yet, from its beginning, and only that."""
+def test_what_the_model_hears(script: str, expected: str, options: Object) -> None:
+    """A new session hears the turn that is not answered yet; gaps are filled, a long one 30 s."""
     scene = play(script, "", "nothing")
-    assert scene.dials == 2 and 0 <= len(scene.openai.sound) / 8 - float(expected) <= 40
+    assert abs(len(scene.openai.sound) / 8 - float(expected)) <= options.get("within", 40)
+    assert scene.dials == 1 + ("closes" in script)
 
 
 # ── Turns and barge-in ──────────────────────────────────────────────────────────────────────────
 
 
-@table("""
-    long speech | 0 over 1000; 2.6 says s b 1; 9 | 1.38 cut a 1380
+test_barge_in = plays("""BARGE_IN_MS of voice cut the model where it was heard. | within=0.15
+    at most 300 s are queued | 0 starts r a 300300; 0 done r cancelled x; 9 | 0 cancel r
+    nearly so much | 0 starts r a 298800; 0 done r; 9
+    nothing more of it is heard | 0 starts r a 200; 0.1 interrupt; 0.2 sound r a 200;
+        0.4 says s b 60 | 0 media 200; 0.4 media 60 | watch="media"
     of 400 ms | 0 over 500; 2.2 says s b 1; 9 | 1.38 cut a 1380
     はい | 0 over 300; 9
     はい, hush, はい | 0 over 300 1700 0.5; 3 voice 300; 3.3 hush 500; 3.1 begins v; 3.8 stops v; 9
@@ -1006,13 +976,8 @@ def test_kept_for_a_new_session(script: str, expected: str, options: Object) -> 
         9; 5 | 1 cut a 1000 | barge_in_ms=0
     heard, then lost | 0 says r a 3000 あいう; 1 closes 1006; 2 interrupt; 5 | 1.25 setup; 2 clear
 """)
-def test_barge_in(script: str, expected: str, options: Object) -> None:
-    """BARGE_IN_MS of voice interrupt the model within 150 ms, cut at what was heard of it."""
-    scene = play(script, expected, **{"within": 0.15, **options})
-    assert not scene.call.audio.voice
 
-
-@table("""
+test_backchannel = plays("""A short word over the model is not answered; one at its end is.
     its response | 0 over 300; 1.9 created s; 2 sound s b 500; 2.1 done s; 9 | 1.9 cancel s; 2
         truncate b 0
     its response, late | 0 over 300; 4.7 created s; 4.7 done s cancelled x; 9 | 4.7 cancel s
@@ -1029,75 +994,30 @@ def test_barge_in(script: str, expected: str, options: Object) -> None:
     ended in the last second | 0 says r a 1300; 0.2 begins u; 0.9 stops u; 2 | 2.4 ask
     the last second is not while more is made | 0 starts r a 1100; 0.2 voice 200; 0.4 begins u; 0.9
         stops u; 0.95 sound r a 900; 1 done r; 9
-    in silence | 0 voice 200; 0.2 begins u; 0.7 stops u; 2.5 | 2.2 ask
     server that does not answer by itself | 0 begins u; 1 stops u; 1 | 1 ask |
         session=turns({"create_response": False})
 """)
-def test_backchannel(script: str, expected: str, options: Object) -> None:
-    """A short word over the model is not answered; one in its last second is, however short."""
-    play(script, expected, **options)
-
 
 ECHO = """{0} says r{0} a{0} 2000 はれです; {0} hush 500; {0}.5 voice 1000; {0}.7 begins u{0};
     {1}.5 hush 500; {2} stops u{0}; {2}.5 words u{0} {3}"""  # its own sound comes back
 
 
-@pytest.mark.parametrize("barge_in_ms", [400, 0])
-@pytest.mark.parametrize(
-    ("words", "cut"),
-    [
-        ([""] * 5, [0, 3, 6, 12]),
-        (["はれです"] * 5, [0, 3, 6, 12]),  # the model's own
-        (["れで"] * 5, [0, 3, 6, 12]),
-        (["", "", "ちょっと待って", "", ""], [0, 3, 6, 9, 12]),
-        (["", "もしもし", "", "", ""], [0, 3, 6, 9, 12]),
-    ],
-)
-def test_echo(words: list[str], cut: list[int], barge_in_ms: float) -> None:
-    """After three answers cut in a row without words of the caller's, one is heard whole."""
-    at_s = range(0, 15, 3)
-    script = "; ".join(
-        ECHO.format(n, n + 1, n + 2, text) for n, text in zip(at_s, words, strict=True)
-    )
-    scene = play(script, "", "nothing", barge_in_ms=barge_in_ms)
-    at = [int(line.split()[1][1:]) for _, line in scene.trace if line.startswith("truncate a")]
-    assert at == cut
-
-
-def test_heard() -> None:
-    """What Twilio was given is what OpenAI sent, and nothing of a cut answer."""
-    script = "0 created r; 0 sound r a 400; 0.2 interrupt; 0.3 sound r a 400; 0.4 says s b 60"
-    scene = play(script, "", "nothing")
-    assert scene.twilio.given == HUM * 8 * (1000 + 400 + 60)
-
-
-def test_queue() -> None:
-    """At most 300 s of speech are queued at Twilio; what is dropped is said."""
-    scene = play("0 created r; 0 sound r a 299800", "", "model_failed")
-    assert len(scene.twilio.given) == 300_800 * 8
-    scene = play("0 created r; 0 sound r a 301000", "", "nothing")
-    assert 299_000 * 8 < len(scene.twilio.given) - 8000 <= 300_000 * 8
-    assert "model_failed" in [event for event, _ in scene.hooks.told]
-
-
 @table("""
-    jump of the timestamps | 0 hush 100; 0.2 gap 500; 1 | 620
-    jitter of 30 ms | 0 hush 100; 0.2 gap 30; 1 | 120
-    40 s | 0 hush 100; 0.2 gap 40000; 1 | 30120
-    stall in a turn | 0 hush 100; 0 begins u; 1.2 stops u; 1.3 says s b 9; 9 | 1000 | within=250
-    stall in silence | 0 hush 100; 9 | 100
-    late after a stall | 0 hush 100; 0 begins u; 1.1 hush 100; 1.2 stops u; 1.3 says s b 9; 2 | 1100
-        | within=250
+    no words | - - - - - | 0 3 6 12
+    the model's own | はれです はれです れで れで はれです | 0 3 6 12
+    the caller's | - - ちょっと待って - - | 0 3 6 9 12
+    the caller's before | - もしもし - - - | 0 3 6 9 12
 """)
-def test_filled_gaps(script: str, expected: str, options: Object) -> None:
-    """Gaps are filled with silence, a long one with 30 s of it; nothing is there twice."""
-    scene = play(script, "", "nothing")
-    assert abs(len(scene.openai.sound) / 8 - float(expected)) <= options.get("within", 0)
-    assert not scene.openai.sound.strip(SILENCE)
+@pytest.mark.parametrize("barge_in_ms", [400, 0])
+def test_echo(script: str, expected: str, options: Object, barge_in_ms: float) -> None:
+    """After three answers cut in a row without words of the caller's, one is heard whole."""
+    turns = [ECHO.format(n, n + 1, n + 2, script.split()[n // 3]) for n in range(0, 15, 3)]
+    scene = play("; ".join(turns).replace("-", ""), "", "nothing", barge_in_ms=barge_in_ms)
+    cut = [line.split()[1][1:] for _, line in scene.trace if line.startswith("truncate a")]
+    assert " ".join(cut) == expected
 
 
-@table("""
-    words | 0 turn u はい; 5 | 0 caller_said u はい
+test_words = plays("""Once for each turn, by item; "" without words. | watch="caller_said"
     none in 10 s | 0 begins u; 0 stops u; 0 says r a 1; 12 | 10.2 caller_said u
     failed | 0 begins u; 0 stops u; 0 says r a 1; 1 nowords u; 12 | 1 caller_said u
     twice | 0 turn u はい; 1 words u いいえ; 12 | 0 caller_said u はい
@@ -1114,12 +1034,8 @@ def test_filled_gaps(script: str, expected: str, options: Object) -> None:
     hung up, too late | 0 begins u; 1 stops u; 1.1 stop; 2.2 words u はい; 3 | 1.9 caller_said u
     lost session while they speak | 0 begins u; 1 closes 1006; 5 | 1 caller_said u
 """)
-def test_words(script: str, expected: str, options: Object) -> None:
-    """caller_said: exactly once for each caller_started_speaking, by item, "" without words."""
-    play(script, expected, "caller_said", **options)
 
-
-@table("""
+test_events = plays("""The story of a call. | watch=" ".join(bridge.EVENTS)
     a turn and its answer | 0 begins u; 1 stops u; 1.2 words u はい; 1.3 created r; 1.4 sound r a
         500 あい; 1.5 done r; 3 | 0 caller_started_speaking u; 1 caller_stopped_speaking u; 1.2
         model_used 1 transcription; 1.2 caller_said u はい; 1.4 model_words a あい; 1.4
@@ -1144,7 +1060,6 @@ def test_words(script: str, expected: str, options: Object) -> None:
         caller_said u; 2 call_ended caller hung up
     marks that never come | 0 says r a 1000; 4 | 0 model_started_speaking a; 0 model_used 2
         response; 3.2 model_said g どうぞ。 None; 3.2 model_said a  None | marks=False
-    before the stream | 0 says g g 500; 1 | | opening="dialled"
     what was made before the stream | 0 says g g 500; 1 start; 1.1 | 1 call_started; 1 model_asked;
         1 model_started_speaking g; 1 model_used 2 response; 1.5 model_said g  None |
         opening="dialled"
@@ -1154,9 +1069,6 @@ def test_words(script: str, expected: str, options: Object) -> None:
     an end of a turn that is lost | 0 hush 500; 0.5 voice 1000; 1.5 hush 12000; 0.7 begins u | 0.7
         caller_started_speaking u; 10.5 caller_stopped_speaking u
 """)
-def test_events(script: str, expected: str, options: Object) -> None:
-    """The story of a call, in order, with the item that each event is about."""
-    play(script, expected, " ".join(bridge.EVENTS), **options)
 
 
 def test_audio_events() -> None:
@@ -1172,14 +1084,12 @@ def test_audio_events() -> None:
 # ── The end of a call ───────────────────────────────────────────────────────────────────────────
 
 
-@table("""
+test_ending = plays("""A call ends when all is heard, unless the caller goes on talking.
     hang_up() | 0 bye; 9 | 3 end Hangup
     hang_up() without marks | 0 bye; 9 | 5.2 end Hangup | marks=False
     by a tool, goodbye said | 0 starts r a 900; 0 calls r bye:c; 9 | 0 output c done; 0.9 end Hangup
     by a tool without a word | 0 tools bye:c; 0.5 says s a 900; 9 | 0 output c done; 0 ask; 1.4 end
         Hangup
-    by a tool, no goodbye comes | 0 tools bye:c | 0 output c done; 0 ask; 2.5 ask; 5 setup; 5.2 ask;
-        7.8 end Hangup
     a long sentence calls it off | 0 bye; 0 hush 1000; 1 voice 1500; 1.2 begins u; 2.5 stops u; 3.1
         says s b 100; 10 | 1.4 cut a 1380
     cough | 0 bye; 0 hush 1000; 1 voice 150; 1.2 hush 900; 1.1 begins u; 1.7 stops u; 1.8 words u ;
@@ -1213,8 +1123,6 @@ def test_audio_events() -> None:
     a goodbye that never ends | 0 created r; 0 hang_up; 5 life r; 10 life r; 14 life r | 15.2 end
         Hangup
     transfer | 0 bye transfer +81312345678; 9 | 2 end Dial
-    transfer, spoken over | 0 bye transfer +81312345678; 1 begins u; 1.4 stops u; 1.9 words u
-        はい、お願いします; 9 | 2 end Dial
     transfer, talked over | 0 bye transfer +81312345678; 0 hush 500; .5 voice 1500; .7 begins u; 2
         stops u; 2.1 words u 待って; 9 | 0.9 cut a 880; 0.9 end Dial
     transfer after hang_up() | 0 bye; 1 transfer +81312345678; 9 | 3 end Dial
@@ -1222,7 +1130,6 @@ def test_audio_events() -> None:
     apology after transfer | 0 bye transfer +81312345678; 1 closes 4004; 9 | 2 end Dial
     shutdown | 0 says r a 2000; 0 shutdown; 9 | 2 end Say
     MAX_CALL_SECONDS | 0 says r a 2000; 9 | 2 end Say | max_call_seconds=3
-    MAX_CALL_SECONDS in silence | 9 | 3 end Say | max_call_seconds=5
     apology when the last words are heard | 0 says r a 2000; 0.5 closes 4004; 9 | 2 end Say
     `stop` | 1 stop; 3 | 1 end
     lost stream | 1 lost; 3 | 1 end
@@ -1230,9 +1137,6 @@ def test_audio_events() -> None:
     after the end nothing | 0 hang_up; 1 tell_model x; 1 interrupt; 1 transfer +81312345678; 1 play
         500; 5 | 0 end Hangup
 """)
-def test_ending(script: str, expected: str, options: Object) -> None:
-    """A call ends when the last words have been heard, unless the caller goes on talking."""
-    play(script, expected, **options)
 
 
 @pytest.mark.parametrize("caller", ["+819012345678", "anonymous", "sip:a@b", "client:jenny", ""])
@@ -1244,20 +1148,16 @@ def test_dial(caller: str) -> None:
     assert f"{dial}{shown}>+81312345678</Dial>" in scene.bridge.past[SID].twiml
 
 
-def test_wrong_number() -> None:
+@pytest.mark.parametrize("number", ["", "0312345678", "+0312345678", "+81 3 1234 5678", "+12345"])
+def test_wrong_number(number: str) -> None:
     """What is no E.164 number is refused at once, in words that help the model."""
-
-    async def go() -> None:
-        scene = Scene()
-        await scene.open()
-        for number in "", "0312345678", "+0312345678", "+81 3 1234 5678", "+123456", "+" + "1" * 16:
-            with pytest.raises(ValueError, match="E.164"):
-                scene.call.transfer(number)
-
-    turned(go())
+    for wrong in number, "+" + "1" * 16:
+        with pytest.raises(ValueError, match="E.164"):
+            bridge.Call.transfer(mock.Mock(), wrong)
 
 
-@table("""
+test_notices = plays("""It waits for silence; words of either side stop it.
+        | watch="media clear truncate end"
     in silence | 0 play 500; 9 | 0 media 500
     after the model's words | 0 says r a 400; 0 play 500; 9 | 0 media 200; 0 media 200; 0.5 media
         500
@@ -1271,13 +1171,8 @@ def test_wrong_number() -> None:
     at most a minute | 0 play 70000; 9 | 0 media 60000
     before a hang-up | 0 play 2000; 0 hang_up; 9 | 0 media 2000; 2 end Hangup
 """)
-def test_notices(script: str, expected: str, options: Object) -> None:
-    """A sound from outside the model waits for silence; words of either side stop it."""
-    scene = play(script, expected, "media clear truncate end", **options)
-    assert "" not in [*scene.call.history, *(facts.get("item") for _, facts in scene.hooks.told)]
 
-
-@table("""
+test_busy = plays("""Busy: the model is heard, owes its voice, or a tool runs. | watch="busy"
     before the greeting | 0 busy; 1 says g g 500; 1.2 busy; 2 busy | 0 busy True; 1.2 busy True; 2
         busy False | opening="open"
     a turn | 0 busy; 1 turn u; 1.1 busy; 2 says r a 500; 2.2 busy; 3 busy | 0 busy False; 1.1 busy
@@ -1285,10 +1180,6 @@ def test_notices(script: str, expected: str, options: Object) -> None:
     a tool | 0 tools slow:c; 3 busy; 6.5 says s b 1; 7 busy | 3 busy True; 7 busy False
     a notice | 0 play 2000; 1 busy; 3 busy | 1 busy False; 3 busy False
 """)
-def test_busy(script: str, expected: str, options: Object) -> None:
-    """Busy: the model is heard, owes its voice, or a tool runs."""
-    play(script, expected, "busy", **options)
-
 
 # ── Messages that are not what the protocol says ────────────────────────────────────────────────
 
@@ -1300,56 +1191,30 @@ CONVERSATION = """
 6 tell_model x; 6.1 says w d 500 あ
 7 created y; 7 sound y e 400 では; 7.1 calls y bye:c2; 7.3 begins z; 7.5 stops z; 7.6 nowords z
 """.strip().replace("\n", "; ")
-VALUES: list[Any] = [None, True, 0, -1, 10**30, 1e308, "", "x", "\ud83d", "あ" * 999, [], [[]], {}]
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of each field in a message."""
-    inner: Any = value.items() if isinstance(value, dict) else ()
-    inner = enumerate(value) if isinstance(value, list) else inner
-    return [path] + [place for key, each in inner for place in places(each, (*path, key))]
+KINDS = ["stop", "mark", "media", "dtmf", "start", "error", "session.updated", "response.created"]
+VALUES: list[Any] = [None, True, 0, -1, 10**30, 1e308, "", "\ud83d", "あ" * 999, [], [[]], {}]
+PLACES = r'"[^"]*"|\d[\d.]*|null', r"{[^{}]*}|\[[^][]*\]"
 
 
 def mutated(text: str, chance: random.Random) -> list[str]:
-    """One message, changed in one way: dropped, repeated, cut short, a field missing or other."""
-    message = json.loads(text)
-    how = chance.choice(("drop", "twice", "short", "missing", "junk", "junk", "junk", "kind"))
-    *path, last = chance.choice([place for place in places(message) if place])
-    inside = message
-    for key in path:
-        inside = inside[key]
-    match how:
-        case "drop" | "twice":
-            return [text] * (2 * (how == "twice"))
-        case "short":
-            return [text[: chance.randrange(len(text))]]
-        case "missing":
-            del inside[last]
-        case "junk":
-            inside[last] = chance.choice(VALUES)
-        case "kind":
-            kinds = "stop mark media dtmf start error session.updated response.created"
-            message["type" if "type" in message else "event"] = chance.choice(kinds.split())
-    return [json.dumps(message)]
+    """One message, changed in one way: dropped, repeated, cut short, a name or a value another."""
+    if (how := chance.randrange(8)) < 3:
+        return [[], [text] * 2, [text[: chance.randrange(len(text))]]][how]
+    place = chance.choice(list(re.finditer(chance.choice(PLACES), text)) or [re.match("", text)])
+    is_name, value = text[place.end() :][:1] == ":", json.dumps(chance.choice([*VALUES, *KINDS]))
+    return [text[: place.start()] + ('"other"' if is_name else value) + text[place.end() :]]
 
 
 async def mutated_call(chance: random.Random) -> None:
-    """The conversation with some of its messages mutated, or exchanged with the next one."""
+    """The conversation with some of its messages mutated."""
     barge_in_ms, marks = chance.choice((400, 0, OFF)), chance.random() < 0.9
     scene = Scene(opening="open", marks=marks, barge_in_ms=barge_in_ms)
-    late: list[tuple[FakeWire, str]] = []
     whole = FakeWire.feed
 
     def feed(wire: FakeWire, message: Object | str) -> None:
         text = message if isinstance(message, str) else json.dumps(message)
-        texts = mutated(text, chance) if chance.random() < 0.05 else [text]
-        if texts and chance.random() < 0.02:
-            late.append((wire, texts.pop()))
-            return
-        for each in texts:
+        for each in mutated(text, chance) if chance.random() < 0.06 else [text]:
             whole(wire, each)
-        if late:
-            whole(*late.pop())
 
     with mock.patch.object(FakeWire, "feed", feed):
         await scene.run(chance.choice((CONVERSATION, CONVERSATION.partition("; 7 ")[0])), 9)
@@ -1374,7 +1239,7 @@ def test_mutated_messages(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     chance = random.Random(seed)
     for n in range(60):
-        print(f"seed {seed}, call {n}")
+        print(f"call {n}")
         turned(mutated_call(chance))
 
 
@@ -1418,7 +1283,8 @@ class Twilio:
     """One caller. The player returns a mark when what came before it has been heard."""
 
     def __init__(self, port: int, settings: Any = bridge.Settings) -> None:
-        self.port, self.base = port, settings.public_base_url
+        self.port, self.base = port, settings.public_base_url  # port 0: at the base itself
+        self.host = {} if port else {"Host": urlsplit(self.base).netloc}
         self.token = settings.twilio_auth_token.partition(",")[0]
         self.sid, self.stream_sid = new_id("CA"), new_id("MZ")
         self.stream_url, self.parameters = self.base + "/twilio/stream", dict[str, str]()
@@ -1437,8 +1303,10 @@ class Twilio:
         """A webhook as Twilio sends it. Returns the TwiML, and keeps what it says of a stream."""
         form = {"CallSid": self.sid, "From": CALLER, "To": CALLED, "CallStatus": "ringing"} | more
         form = {name: value for name, value in form.items() if value}
-        headers = self.signature(self.base + path, form)
-        status, _, text = await ask(self.port, request("POST", path, urlencode(form), **headers))
+        headers = self.signature(self.base + path, form) | self.host
+        path = urlsplit(self.base).path * (not self.port) + path
+        where = self.port or self.base
+        status, _, text = await ask(where, request("POST", path, urlencode(form), **headers))
         assert status == 200, (status, text)
         if (stream := ElementTree.fromstring(text).find("Connect/Stream")) is not None:
             self.stream_url = stream.attrib["url"]
@@ -1450,7 +1318,8 @@ class Twilio:
 
     async def opens(self, signature: Any = None, **changed: Any) -> Twilio:
         """The stream: handshake, `connected`, `start`, of which a test may change something."""
-        url = f"ws://127.0.0.1:{self.port}/twilio/stream"
+        at_base = self.stream_url.replace("wss", "wss" if self.base[4:5] == "s" else "ws", 1)
+        url = f"ws://127.0.0.1:{self.port}/twilio/stream" if self.port else at_base
         headers = signature or self.signature(self.stream_url)
         self.socket = await connect(url, additional_headers=headers, compression=None, proxy=None)
         self.reader = asyncio.create_task(self.read())
@@ -1468,6 +1337,14 @@ class Twilio:
         at, self.timestamp_ms = str(self.timestamp_ms), self.timestamp_ms + len(mulaw) // 8
         media = {"timestamp": at, "payload": base64.b64encode(mulaw).decode()}
         return json.dumps({"event": "media", "media": media}, separators=(",", ":"))
+
+    async def talks(self, next_frame: Callable[[], bytes]) -> None:
+        """20 ms of sound every 20 ms."""
+        due = time.monotonic() + random.random() / 50
+        while True:
+            await self.socket.send(self.media(next_frame()))
+            due += 0.02
+            await asyncio.sleep(due - time.monotonic())
 
     async def hangs_up(self) -> None:
         await self.sends("stop", streamSid=self.stream_sid, stop={"callSid": self.sid})
@@ -1716,9 +1593,11 @@ def request(method: str, path: str, body: str | bytes = b"", **headers: str) -> 
     return f"{method} {path} HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + body
 
 
-async def ask(port: int, *segments: bytes) -> tuple[int, dict[str, str], str]:
+async def ask(port: int | str, *segments: bytes) -> tuple[int, dict[str, str], str]:
     """The status, headers and body of the response, of which nothing may follow."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    url, tls = urlsplit(str(port)), str(port).startswith("https")
+    where = (url.hostname, url.port or (443 if tls else 80)) if url.netloc else ("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection(*where, ssl=tls or None)
     try:
         for segment in segments:
             writer.write(segment)
@@ -1774,59 +1653,53 @@ async def test_twiml() -> None:
 UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": "13"}
 UPGRADE |= {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ=="}
 PAIRS = {"CallSid": "CA" + "5" * 32, "From": CALLER, "Empty": ""}
-HTTP = {  # without an auth token
-    "old version": (b"POST /twilio/voice HTTP/1.0\r\nHost: localhost\r\n\r\n", 400),
-    "no form": (request("POST", VOICE), 400),
-    "64 KiB": (request("POST", VOICE, (form() + "&x=").ljust(65536, "y")), 200),
-    "what follows": (request("POST", VOICE, form()) + request("PUT", "/") + b"junk" * 999, 200),
-    "more than 64 KiB": (request("POST", VOICE, b"y" * 65537), 413),
-    "99 MB announced": (request("POST", VOICE, Content_Length="99999999"), 413),
-    "chunked": (request("POST", VOICE, Transfer_Encoding="chunked") + b"0\r\n\r\n", 411),
-    "chunked, length": (request("POST", VOICE, "a=b", Transfer_Encoding="chunked"), 411),
-    "two lengths": (request("POST", VOICE, "a=b", content_length="4"), 400),
-    "negative": (request("POST", VOICE, Content_Length="-1"), 400),
-    "long number": (request("POST", VOICE, Content_Length="9" * 5000), 413),
-    "no colon": (b"POST /twilio/voice HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400),
-    "no HTTP": (b"what is this\r\n\r\n", 400),
-    "control character": (request("GET", "/health", X="a\0"), 400),
-    "bare CR": (request("GET", "/health", X="a\rb"), 400),
-    "PUT": (request("PUT", VOICE, form()), 405),
-    "HEAD": (request("HEAD", VOICE), 405),
-    "DELETE": (request("DELETE", "/health"), 405),
-    "unknown path": (request("POST", "/nowhere", "a=b"), 404),
-    "body of a GET": (request("GET", "/health", "body"), 200),
-    "no upgrade": (request("GET", "/twilio/stream"), 426),
-    "bad upgrade": (
-        request("GET", "/twilio/stream", Connection="upgrade", Upgrade="websocket"),
-        400,
-    ),
-    "long head": (request("GET", "/", X="y" * 20_000), 431),
-    "long head, body": (request("POST", VOICE, form(), X="y" * 20_000), 431),
-    "root": (request("GET", "/"), 200),
-    "200 pairs": (request("POST", VOICE, form() + "&a=b" * 197), 200),
-    "201 pairs": (request("POST", VOICE, form() + "&a=b" * 198), 403),
-    "no CallSid": (request("POST", VOICE, "From=x"), 400),
-    "half a CallSid": (request("POST", VOICE, form("CA5")), 400),
-    "two lines": (request("POST", VOICE, form("CA" + "5" * 32 + "\n")), 400),
-    "capitals": (request("POST", VOICE, form("CA" + "A" * 32)), 400),
-    "other digits": (request("POST", VOICE, form("CA" + "٣" * 32)), 400),
-    "not UTF-8": (request("POST", VOICE, form().encode() + b"&Name=%ff\xfe"), 200),
-}
-REQUESTS: dict[str, Any] = {name: ({}, *row) for name, row in HTTP.items()}
+REQUESTS = list[tuple[dict[str, str], bytes, int]]()  # settings, a request, its status
+for path_body, headers, status in [  # without an auth token
+    ("GET /; GET /health; GET /health?x body; POST {v} {f}", {}, 200),
+    ("PUT {v} {f}; HEAD {v}; DELETE /health", {}, 405),
+    ("POST /nowhere a=b; GET /nowhere", {}, 404),
+    ("GET /twilio/stream", {}, 426),
+    ("GET /twilio/stream", {"Connection": "upgrade", "Upgrade": "websocket"}, 400),
+    ("GET /health", {"X": "a\0"}, 400),
+    ("GET /health", {"X": "a\rb"}, 400),
+    ("GET /; POST {v} {f}", {"X": "y" * 20_000}, 431),
+    ("POST {v}; POST {v} From=x; POST {v} CallSid=CA5", {}, 400),
+    ("POST {v}", {"Content_Length": "99999999"}, 413),
+    ("POST {v}", {"Content_Length": "9" * 5000}, 413),
+    ("POST {v}", {"Content_Length": "-1"}, 400),
+    ("POST {v} a=b", {"content_length": "4"}, 400),  # a second one
+    ("POST {v}; POST {v} a=b", {"Transfer_Encoding": "chunked"}, 411),
+]:
+    for line in path_body.format(v=VOICE, f=form()).split("; "):
+        method, path, body = (line + " ").split(" ", 2)
+        REQUESTS.append(({}, request(method, path, body.strip(), **headers), status))
+for one in "A" * 32, "5" * 32 + "\n", "٣" * 32:
+    REQUESTS.append(({}, request("POST", VOICE, form("CA" + one)), 400))
+for sent, status in [
+    (b"POST /twilio/voice HTTP/1.0\r\nHost: localhost\r\n\r\n", 400),
+    (b"POST /twilio/voice HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", 400),
+    (b"what is this\r\n\r\n", 400),
+    (request("POST", VOICE, (form() + "&x=").ljust(65536, "y")), 200),
+    (request("POST", VOICE, b"y" * 65537), 413),
+    (request("POST", VOICE, form()) + request("PUT", "/") + b"junk" * 999, 200),
+    (request("POST", VOICE, form() + "&a=b" * 197), 200),
+    (request("POST", VOICE, form() + "&a=b" * 198), 403),  # more than 200 pairs
+    (request("POST", VOICE, form().encode() + b"&Name=%ff\xfe"), 200),
+]:
+    REQUESTS.append(({}, sent, status))
 MINE = "Host: 127.0.0.1:8080; Host: [::1]:8080; Host: LOCALHOST; Origin: http://localhost; "
-MINE += "Origin: http://localhost; Sec-Fetch-Site: same-origin; X: y"
+MINE += "Sec-Fetch-Site: same-origin; X: y"
 NOT_MINE = "Host: ; Host: phone.example; Host: localhost.example; Host: 127.0.0.1.example; "
 NOT_MINE += "Host: 1270.0.0.1; X-Forwarded-For: 192.0.2.1; x-forwarded-proto: https; Via: 1.1 x; "
-NOT_MINE += "Forwarded: for=192.0.2.1; Fly-Client-IP: 192.0.2.1; CF-Connecting-IP: 192.0.2.1; "
-NOT_MINE += "CF-Ray: 1; X-Real-IP: 192.0.2.1; X-Envoy-External-Address: 192.0.2.1; "
-NOT_MINE += "X-Amzn-Trace-Id: Root=1; Origin: http://else.example; Origin: null; "
-NOT_MINE += "Sec-Fetch-Site: cross-site"
+NOT_MINE += "Forwarded: for=192.0.2.1; Fly-Client-IP: 192.0.2.1; CF-Ray: 1; X-Real-IP: 192.0.2.1; "
+NOT_MINE += "X-Envoy-External-Address: 192.0.2.1; X-Amzn-Trace-Id: Root=1; Origin: null; "
+NOT_MINE += "Origin: http://else.example; Sec-Fetch-Site: cross-site"
 for header in f"{MINE}; {NOT_MINE}".split("; "):
     one, status = dict([header.split(": ")]), 200 if header in MINE.split("; ") else 403
-    strangers_stream = request("GET", "/twilio/stream", **UPGRADE | one)
-    REQUESTS[f"webhook, {header}"] = ({}, request("POST", VOICE, form(), **one), status)
-    REQUESTS[f"page, {header}"] = ({}, request("GET", "/page", **one), status)
-    REQUESTS[f"stream, {header}"] = ({}, strangers_stream, 101 if status == 200 else 403)
+    REQUESTS.append(({}, request("POST", VOICE, form(), **one), status))
+    REQUESTS.append(({}, request("GET", "/page", **one), status))
+    sent = request("GET", "/twilio/stream", **UPGRADE | one)
+    REQUESTS.append(({}, sent, 101 if status == 200 else 403))
 for base, path, url, token, status in [  # PUBLIC_BASE_URL, path of the request, what Twilio signs
     (BASE, VOICE, BASE + VOICE, "12345", 200),
     (BASE, VOICE, BASE + VOICE, "second", 200),  # while one is being rotated
@@ -1839,40 +1712,37 @@ for base, path, url, token, status in [  # PUBLIC_BASE_URL, path of the request,
     ("", VOICE, "https://localhost" + VOICE, "12345", 200),  # this computer itself
     (BASE, VOICE + "?a=b", BASE + VOICE, "12345", 403),
     (BASE, VOICE, "http://phone.example" + VOICE, "12345", 403),
-    (BASE, VOICE, "https://else.example" + VOICE, "12345", 403),
     (BASE, VOICE, BASE + "/twilio/next", "12345", 403),
     (BASE, VOICE, BASE + VOICE, "other", 403),
 ]:
     made = RequestValidator(token).compute_signature(url, PAIRS)
     sent = request("POST", path, urlencode(PAIRS), X_Twilio_Signature=made)
-    settings = SIGNED | {"public_base_url": base}
-    REQUESTS[f"{path} at {base}: {token}, {url}"] = (settings, sent, status)
-made = RequestValidator("12345").compute_signature(BASE + VOICE, PAIRS)
-for name, body, headers in [
-    ("no signature", urlencode(PAIRS), {}),
-    ("two signatures", urlencode(PAIRS), {"X_Twilio_Signature": made, "x-twilio-signature": made}),
-    ("another pair", urlencode(PAIRS) + "&x=y", {"X_Twilio_Signature": made}),
-    ("another call", urlencode(PAIRS).replace("5", "6"), {"X_Twilio_Signature": made}),
+    REQUESTS.append((SIGNED | {"public_base_url": base}, sent, status))
+signature = {"X_Twilio_Signature": RequestValidator("12345").compute_signature(BASE + VOICE, PAIRS)}
+for body, headers in [
+    (urlencode(PAIRS), {}),
+    (urlencode(PAIRS), signature | {"x-twilio-signature": signature["X_Twilio_Signature"]}),
+    (urlencode(PAIRS) + "&x=y", signature),
+    (urlencode(PAIRS).replace("5", "6"), signature),
 ]:
-    REQUESTS[name] = (SIGNED, request("POST", VOICE, body, **headers), 403)
+    REQUESTS.append((SIGNED, request("POST", VOICE, body, **headers), 403))
 
 
-@pytest.mark.parametrize("settings", {str(row[0]): row[0] for row in REQUESTS.values()}.values())
+@pytest.mark.parametrize("settings", {str(row[0]): row[0] for row in REQUESTS}.values())
 async def test_requests(settings: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     """Each request gets its HTTP response; nobody else than Twilio or this computer is let in."""
-    wrong: dict[str, Any] = {}
+    wrong = list[Any]()
     async with a_bridge(**settings) as line:
-        for name, (given, sent, status) in REQUESTS.items():
+        for given, sent, status in REQUESTS:
             if given == settings:
                 caplog.clear()
-                asked = len(line.openai.asked)
                 got, headers, body = await ask(line.port, sent)
                 logged = [text for text in warnings(caplog) if text.startswith("403")]
                 right = (got, len(logged), "Allow" in headers) == (status, got == 403, got == 405)
                 right &= "HTTP/1.1" not in body and "12345" not in caplog.text
-                if not right or (len(line.openai.asked) > asked and got != 200):
-                    wrong[name] = got, body, logged
-    assert wrong == {}
+                wrong += [] if right else [(sent[:200], status, got, body, logged)]
+        assert len(line.openai.asked) <= 1, "a call was begun for a stranger"
+    assert wrong == []
 
 
 async def test_other_machine() -> None:
@@ -1922,16 +1792,12 @@ async def test_form_in_segments() -> None:
 
 async def test_20_mib(caplog: pytest.LogCaptureFixture) -> None:
     """A client that reads only when all is written gets 413, and nothing else."""
-
-    def send_all(port: int, sent: bytes) -> bytes:
-        with socket.create_connection(("127.0.0.1", port), 5) as client:
-            with contextlib.suppress(ConnectionError):
-                client.sendall(sent)
-            return b"".join(iter(lambda: client.recv(65536), b""))
-
     async with a_bridge() as line:
-        sent = request("POST", VOICE, b"y" * (20 << 20))
-        got = await asyncio.to_thread(send_all, line.port, sent)
+        reader, writer = await asyncio.open_connection("127.0.0.1", line.port)
+        writer.write(request("POST", VOICE, b"y" * (20 << 20)))
+        await writer.drain()
+        got = await reader.read()
+        writer.close()
     assert got.startswith(b"HTTP/1.1 413") and got.count(b"HTTP/1.1") == 1
     assert warnings(caplog) == []
 
@@ -2113,7 +1979,6 @@ async def test_junk(who: str, caplog: pytest.LogCaptureFixture) -> None:
 NO_ANSWER = {"DialCallStatus": "no-answer", **IN_PROGRESS}
 COMPLETED = {"CallStatus": "completed"}
 NEXT = [  # how the call ended, what is asked one after the other, the verbs of the last TwiML
-    ("hang_up", [IN_PROGRESS], "Hangup"),
     ("hang_up", [IN_PROGRESS] * 2, "Hangup"),
     ("caller", [COMPLETED], "Hangup"),
     ("lost", [COMPLETED], "Hangup"),
@@ -2267,26 +2132,19 @@ async def test_whole_call(wire: str) -> None:
         await asyncio.wait_for(session.socket.wait_closed(), 1)
         assert session.heard == sound(400, 2) and twilio.faults == []
         assert twilio.sent == sound(100, 1) + sound(3000, 3) + sound(60, 4)
-        story = [event for event, _ in line.hooks.told if not event.endswith(("_audio", "_used"))]
-        for event, sign in (
-            *(("caller_started_speaking", "c("), ("caller_stopped_speaking", ")")),
-            *(("caller_said", "c"), ("model_started_speaking", "m("), ("model_said", "m)")),
-        ):
-            story = [sign if one == event else one for one in story]
-        first = "call_started model_asked m( m) c( ) c model_asked m( c( model_interrupted m) ) c"
-        assert " ".join(story) == first + " m( m) call_ended"
+        story = [event for event, _ in line.hooks.told if not event.endswith("_used")]
+        short = " ".join(event[0] + event.split("_")[1][:3] for event in story)
+        first = "csta mask msta msai csta csto csai mask msta csta mint msai csto csai"
+        assert short == first + " msta msai cend"
 
 
-QUOTA = '{"type":"error","error":{"type":"insufficient_quota"}}'
 LOSSES: list[Any] = [  # how a session is lost, what comes then, and whether that is for good
     (lambda socket: socket.transport.abort(), [], False),
-    (lambda socket: socket.close(), [], False),
     (lambda socket: socket.close(1011), [], False),
     (lambda socket: socket.close(), [503], False),
     (lambda socket: socket.close(), [b"\x81\x7e\x01"], False),  # 101, and half a frame
     (lambda socket: socket.close(), [401], True),
     (lambda socket: socket.close(4004, "no such model"), [], True),
-    (lambda socket: socket.send(QUOTA), [], True),
 ]
 
 
@@ -2299,8 +2157,7 @@ async def test_losses() -> None:
             await session.speaks(sound(40), text="こんにちは。")
             await until(lambda: line.hooks.facts("model_said"))
             line.openai.refusals += refusals
-            if asyncio.iscoroutine(done := lose(session.socket)):
-                await done
+            await (lose(session.socket) or asyncio.sleep(0))
             if for_good:
                 assert await line.hooks.ended() == "model lost" and "不具合" in await twilio.next()
             else:
@@ -2402,34 +2259,40 @@ async def test_wrong_frames() -> None:
         await until(lambda: twilio.sent == sound(40))
 
 
-async def test_unread_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def stops_reading(end: Any, ours: Any) -> Any:
+    """This side of a connection reads no more, and its buffers are small. Returns its transport."""
+    for wire, option in (
+        (end.socket.transport, socket.SO_RCVBUF),
+        (ours.transport, socket.SO_SNDBUF),
+    ):
+        wire.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 4096)
+    end.socket.transport.pause_reading()
+    return end.socket.transport
+
+
+@pytest.mark.parametrize("who", ["caller", "model", "pongs"])
+async def test_unread_bytes(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other side does not read is bounded, pongs as well."""
     assert bridge.MAX_UNSENT <= 8 << 20
     monkeypatch.setattr(bridge, "MAX_UNSENT", 100_000)
-
-    async def check(who: str) -> None:
-        async with a_bridge() as line:
-            twilio, session = await line.call()
-            end, ours = twilio, line.hooks.calls[0].twilio
-            if who == "model":
-                end, ours = session, line.hooks.calls[0].openai  # type: ignore
-            wire, buffer = end.socket.transport, (socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            ours.transport.get_extra_info("socket").setsockopt(*buffer)
-            wire.get_extra_info("socket").setsockopt(buffer[0], socket.SO_RCVBUF, 4096)
-            wire.pause_reading()
-            for _ in range(99):
-                if who == "caller":
-                    await session.speaks(sound(8000), "item", 2000)
-                elif who == "model":
-                    await twilio.socket.send(twilio.media(sound(4000)))
-                else:
-                    wire.write(frame(0x89, b"p" * 100) * 400)
-                await asyncio.sleep(0)
-            await until(lambda: len(line.openai.sessions) == 2 or line.hooks.facts("call_ended"))
-            assert bool(line.hooks.facts("call_ended")) == (who != "model")
-            wire.abort()
-
-    await side_by_side(check, [["caller"], ["model"], ["pongs"]])
+    async with a_bridge() as line:
+        twilio, session = await line.call()
+        call = line.hooks.calls[0]
+        is_model = who == "model"
+        wire = stops_reading(
+            session if is_model else twilio, call.openai if is_model else call.twilio
+        )
+        for _ in range(99):
+            if who == "caller":
+                await session.speaks(sound(8000), "item", 2000)
+            elif who == "model":
+                await twilio.socket.send(twilio.media(sound(4000)))
+            else:
+                wire.write(frame(0x89, b"p" * 100) * 400)
+            await asyncio.sleep(0)
+        await until(lambda: len(line.openai.sessions) == 2 or line.hooks.facts("call_ended"))
+        assert bool(line.hooks.facts("call_ended")) == (not is_model)
+        wire.abort()
 
 
 @pytest.mark.xfail(reason="server.connections leaves out those that are being closed")
@@ -2438,12 +2301,10 @@ async def test_stop_beside_an_unread_stream() -> None:
     async with a_bridge() as line:
         twilio, _ = await line.call()
         await until(lambda: line.hooks.calls)
-        wire, ours = twilio.socket.transport, line.hooks.calls[0].twilio.transport
-        for end, option in ((wire, socket.SO_RCVBUF), (ours, socket.SO_SNDBUF)):
-            end.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, 4096)
-        wire.pause_reading()
-        while ours.get_write_buffer_size() <= 64 << 10:  # where websockets begins to wait
-            line.hooks.calls[0].twilio.put("x" * 8000)
+        ours = line.hooks.calls[0].twilio
+        wire = stops_reading(twilio, ours)
+        while ours.transport.get_write_buffer_size() <= 64 << 10:  # where websockets begins to wait
+            ours.put("x" * 8000)
             await asyncio.sleep(0)
         began = time.monotonic()
         asyncio.get_running_loop().call_later(3.2, wire.abort)
@@ -2453,30 +2314,32 @@ async def test_stop_beside_an_unread_stream() -> None:
 # ── Settings ────────────────────────────────────────────────────────────────────────────────────
 
 SETTINGS: list[tuple[dict[str, str], dict[str, Any]]] = [
-    ({"PORT": "9000", "MAX_CALLS": " 3 "}, {"port": 9000, "max_calls": 3}),
-    ({"GREETING": "", "HOOKS": "", "TRANSCRIPTION_MODEL": ""}, {"greeting": "", "hooks": ""}),
-    ({"VOICE": "", "PORT": ""}, {"voice": "marin", "port": 8080, "hooks": None}),
+    ({"PORT": "9000", "MAX_CALLS": " 3 "}, {"port": 9000, "max_calls": 3, "hooks": None}),
+    ({"PORT": "", "VOICE": "", "HOOKS": ""}, {"port": 8080, "voice": "marin", "hooks": ""}),
     ({"FLY_APP_NAME": "my-app"}, {"public_base_url": "https://my-app.fly.dev"}),
     ({"FLY_APP_NAME": "my-app", "PUBLIC_BASE_URL": BASE + "/"}, {"public_base_url": BASE}),
     ({"PUBLIC_BASE_URL": BASE + ":84/phone/"}, {"public_base_url": BASE + ":84/phone"}),
-    ({"SESSION": '{"audio": {}}'}, {"session": {"audio": {}}}),
-    ({"BARGE_IN_MS": "off"}, {"barge_in_ms": float("inf")}),
-    ({"BARGE_IN_MS": "0"}, {"barge_in_ms": 0}),
+    ({"SESSION": '{"audio": {}}'}, {"session": {"audio": {}}, "barge_in_ms": 400}),
+    ({"BARGE_IN_MS": "off", "GREETING": ""}, {"barge_in_ms": OFF, "greeting": ""}),
+    ({"BARGE_IN_MS": "0"}, {"barge_in_ms": 0, "transcription_model": "gpt-transcribe"}),
+    ({"TRANSCRIPTION_MODEL": ""}, {"transcription_model": ""}),
 ]
 WRONG_SETTINGS = """
-PORT=70000 PORT=0 PORT=http PORT=off MAX_CALLS=-1 MAX_CALLS=1.5 MAX_CALL_SECONDS=nan
-DRAIN_SECONDS=soon DRAIN_SECONDS=inf BARGE_IN_MS=-1 BARGE_IN_MS=on BARGE_IN_MS=nan
-SESSION=[1] SESSION={ SESSION={"audio":null} SESSION={"audio":{"input":[1]}}
-SESSION={"audio":{"output":"loud"}} SESSION={"audio":{"input":{"format":{"type":"audio/pcm"}}}}
-OPENAI_API_KEY=sk-secret… OPENAI_REALTIME_MODEL=gpt-live-1.1
-PUBLIC_BASE_URL=http://a.example PUBLIC_BASE_URL=a.example PUBLIC_BASE_URL=https://a.example/?x=y
-PUBLIC_BASE_URL=https://sk-secret@a.example PUBLIC_BASE_URL=https://a.example:99999
-PUBLIC_BASE_URL=https://a.example/twilio/voice PUBLIC_BASE_URL=https://a.example/x/twilio/stream/
-PUBLIC_BASE_URL=https://a.example/health PUBLIC_BASE_URL=https://
-OPENAI_REALTIME_URL=https://api.openai.com/v1 OPENAI_REALTIME_URL=wss://a.example:99999/v1
-OPENAI_REALTIME_URL=wss://sk-secret@a.example OPENAI_REALTIME_URL=wss://u:sk-secret@a.example/v1
-OPENAI_REALTIME_URL=wss://a.example/v1#x OPENAI_REALTIME_URL=wss://a.example?model=gpt-live-1
-OPENAI_REALTIME_URL=http://a.example?api_key=sk-secret OPENAI_REALTIME_URL=wss://[::1/v1
+PORT 70000 0 http off
+MAX_CALLS -1 1.5
+MAX_CALL_SECONDS nan
+DRAIN_SECONDS soon inf
+BARGE_IN_MS -1 on nan
+SESSION [1] { {"audio":null} {"audio":{"input":[1]}} {"audio":{"output":"loud"}}
+SESSION {"audio":{"input":{"format":{"type":"audio/pcm"}}}}
+OPENAI_API_KEY sk-secret…
+OPENAI_REALTIME_MODEL gpt-live-1.1
+PUBLIC_BASE_URL http://a.example a.example https://a.example/?x=y https://sk-secret@a.example
+PUBLIC_BASE_URL https://a.example:99999 https://a.example/twilio/voice https://a.example/health
+PUBLIC_BASE_URL https://a.example/x/twilio/stream/ https://
+OPENAI_REALTIME_URL https://api.openai.com/v1 wss://a.example:99999/v1 wss://sk-secret@a.example
+OPENAI_REALTIME_URL wss://u:sk-secret@a.example/v1 wss://a.example/v1#x wss://[::1/v1
+OPENAI_REALTIME_URL wss://a.example?model=gpt-live-1 http://a.example?api_key=sk-secret
 """
 
 
@@ -2487,15 +2350,16 @@ def test_settings() -> None:
         assert {name: getattr(read, name) for name in settings} == settings
 
 
-@pytest.mark.parametrize("wrong", WRONG_SETTINGS.split())
+@pytest.mark.parametrize("wrong", WRONG_SETTINGS.strip().split("\n"))
 def test_wrong_setting(wrong: str) -> None:
     """One line: the variable, the value's fault, the fix; secrets are never shown."""
-    name, _, value = wrong.partition("=")
-    with pytest.raises(ValueError) as raised:
-        bridge.read_settings({name: value})
-    line = str(raised.value)
-    assert line.startswith(name) and "\n" not in line and "sk-secret" not in line
-    assert re.search("give|speaks", line)
+    name, *values = wrong.split()
+    for value in values:
+        with pytest.raises(ValueError) as raised:
+            bridge.read_settings({name: value})
+        line = str(raised.value)
+        assert line.startswith(name) and "\n" not in line and "sk-secret" not in line
+        assert re.search("give|speaks", line)
 
 
 # ── The process ─────────────────────────────────────────────────────────────────────────────────
@@ -2608,9 +2472,8 @@ async def test_more_signals(signals: int, hook_s: str, within_s: float, tmp_path
 
 async def test_unread_standard_error(tmp_path: Path) -> None:
     """Nobody reads the log: calls go on, what is dropped is counted, and a signal still ends it."""
-    chatty = (
-        "import logging\ndef call_ended(reason):\n  for n in range(4000): logging.error('x' * 99)\n"
-    )
+    chatty = "import logging\ndef call_ended(reason):\n"
+    chatty += "  for n in range(4000): logging.error('x' * 99)\n"
     async with a_process(alone(tmp_path, chatty=chatty + "call_ended('')")) as line:
         twilio, session = await line.call()
         for _ in range(50):
@@ -2627,64 +2490,49 @@ async def test_unread_standard_error(tmp_path: Path) -> None:
 # ── As a program: a call to watch, one tool, or many calls ──────────────────────────────────────
 
 
-class Watched(Twilio):
-    """A caller whose call is measured as a telephone would hear it."""
-
-    cut_at = sound_until = 0.0
-    talked_over = 0  # how often
-    words = b""  # that the caller still says
-
-    def takes(self, message: Any) -> None:
-        super().takes(message)
-        now = time.monotonic()
-        if message["event"] == "clear":
-            self.cut_at = now
-        elif message["event"] == "media" and now > self.sound_until:
-            self.talked_over += bool(self.words)  # the model begins while the caller speaks
-        self.sound_until = self.ends_at
-
-    async def microphone(self) -> None:
-        """20 ms every 20 ms: the words that there are, or silence."""
-        due = time.monotonic()
-        while True:
-            frame, self.words = self.words[:160].ljust(160, b"\xff"), self.words[160:]
-            await self.socket.send(self.media(frame))
-            due += 0.02
-            await asyncio.sleep(due - time.monotonic())
-
-
-async def rehearse(wrong: list[str]) -> None:
-    """One call with the offline model, of some 10 s: what a person would hear, in figures."""
-    print("A call through bridge.py in real time. Nothing leaves this computer, nothing costs.\n")
+async def rehearse(wrong: list[str], url: str) -> None:
+    """One call of some 10 s: what a person would hear, in figures."""
     nod, sentence = offline.speech()["key"][1][800:2600], offline.speech()["noted"][1]
+    words = bytearray()  # that the caller still says
+
+    def next_frame() -> bytes:
+        frame = bytes(words[:160]).ljust(160, SILENCE)
+        del words[:160]
+        return frame
+
     env = {"LOG_FORMAT": "text", "OPENAI_REALTIME_URL": "", "HOOKS": "log,latency,offline"}
-    async with a_process(HERE, shown=True, **env) as line:
-        call = Watched(line.port)
+    here = a_process(HERE, shown=True, **env)
+    async with contextlib.nullcontext() if url else here as line:
+        token = os.environ.get("TWILIO_AUTH_TOKEN", "")
+        there = SimpleNamespace(public_base_url=url, twilio_auth_token=token)
+        call = Twilio(0, there) if url else line.caller()
         await call.post()
         await call.opens()
-        microphone = asyncio.create_task(call.microphone())
+        microphone = asyncio.create_task(call.talks(next_frame))
         await until(lambda: call.sent, 9, "the greeting")
         left_alone, silent_ms = 0, 0.0
         for pause_s, mulaw in ((1.2, nod), (0.8, sentence), (1.0, nod)):
             await asyncio.sleep(pause_s)
-            cuts, call.words, spoke_at = len(call.cuts), mulaw, time.monotonic()
-            await asyncio.sleep(len(mulaw) / 8000 + 0.7)
+            cuts, spoke_at = len(call.cuts), time.monotonic()
+            words.extend(mulaw)
             if mulaw is nod:
+                await asyncio.sleep(len(mulaw) / 8000 + 0.7)
                 left_alone += len(call.cuts) == cuts and bool(call.marks)
             else:
-                silent_ms = (call.cut_at - spoke_at) * 1000
-                await until(lambda: call.marks, 3, "a response")
-        await until(lambda: not call.marks, 9, "the last words")
+                await until(lambda: len(call.cuts) > cuts, 3, "the model falls silent")  # noqa: B023
+                silent_ms = (time.monotonic() - spoke_at) * 1000
+                await until(lambda: call.marks and not words, 9, "a response")
+        await until(lambda: not call.marks, 60, "the last words")
         await asyncio.sleep(0.2)
         microphone.cancel()
         await call.hangs_up()
-        line.signal(signal.SIGTERM)
-        wrong += ["bridge.py ended with a fault"] * bool(await line.process.wait())
+        if line:
+            line.signal(signal.SIGTERM)
+            wrong += ["bridge.py ended with a fault"] * bool(await line.process.wait())
     print(f"\nsilent {silent_ms:.0f} ms after the caller's first sound; ", end="")
-    print(f"backchannels left alone: {left_alone} of 2; talked over: {call.talked_over}")
-    wrong += ["the model did not fall silent in time"] * (not 0 < silent_ms < 900)
+    print(f"backchannels left alone: {left_alone} of 2")
+    wrong += ["the model did not fall silent in time"] * (silent_ms > 900)
     wrong += ["a backchannel stopped the model"] * (left_alone < 2)
-    wrong += ["the caller was talked over"] * bool(call.talked_over)
     wrong += [f"against Twilio's protocol: {fault}" for fault in call.faults]
 
 
@@ -2695,7 +2543,7 @@ class Ear:
         self.end, self.sent, self.came, self.odd = end, 0, list[float](), 0
         end.hear = self.hear
 
-    def blocks(self, count: int) -> bytes:
+    def blocks(self, count: int = 1) -> bytes:
         """Each has its number and when it was sent."""
         numbers, self.sent = range(self.sent, self.sent + count), self.sent + count
         return b"".join(b"%08d%024d" % (n, time.monotonic_ns()) * 5 for n in numbers)
@@ -2705,14 +2553,7 @@ class Ear:
             self.odd += block != block[:32] * 5 or int(block[:8]) != len(self.came)
             self.came.append((time.monotonic_ns() - int(block[8:32])) / 1e6)
 
-    async def caller(self) -> None:
-        due = time.monotonic() + random.random() / 50
-        while True:
-            await self.end.socket.send(self.end.media(self.blocks(1)))
-            due += 0.02
-            await asyncio.sleep(due - time.monotonic())
-
-    async def model(self) -> None:
+    async def speaks(self) -> None:
         """Answers of 3.9 s, sent four times as fast as they are spoken."""
         while True:
             item = ""
@@ -2739,8 +2580,8 @@ async def measure(count: int, seconds: float, wrong: list[str]) -> None:
             return sum(map(int, text.rpartition(")")[2].split()[11:13])) * 10.0
 
         before_ms, began = cpu_ms(), time.monotonic()
-        both = *(ear.caller() for ear in callers), *(ear.model() for ear in models)
-        talking = [asyncio.create_task(one) for one in both]
+        talking = [asyncio.create_task(ear.end.talks(ear.blocks)) for ear in callers]
+        talking += [asyncio.create_task(ear.speaks()) for ear in models]
         await asyncio.sleep(seconds)
         used_ms = (cpu_ms() - before_ms) / (time.monotonic() - began) / count
         for task in talking:
@@ -2749,11 +2590,9 @@ async def measure(count: int, seconds: float, wrong: list[str]) -> None:
         print(f"{count} calls for {seconds:g} s: {used_ms:.1f} ms of CPU a second for each")
         for way, sent, came in (("to the model", callers, models), ("to callers", models, callers)):
             delays = sorted(ms for ear in came for ms in ear.came)
-            frames = sum(ear.sent for ear in sent)
-            lost, odd = frames - len(delays), sum(ear.odd for ear in came)
+            lost, odd = sum(ear.sent for ear in sent) - len(delays), sum(ear.odd for ear in came)
             p50, p99 = delays[len(delays) // 2], delays[len(delays) * 99 // 100]
-            print(f"  {way:<12} {frames:,} frames, {lost} lost;", end="")
-            print(f" delay p50 {p50:.2f} ms, p99 {p99:.2f} ms")
+            print(f"  {way}: {len(delays):,} frames, delay p50 {p50:.2f} ms, p99 {p99:.2f} ms")
             wrong += [f"{way}: {lost} lost, {odd} out of order or changed"] * bool(lost or odd)
         await asyncio.gather(*(ear.end.hangs_up() for ear in callers))
 
@@ -2772,7 +2611,8 @@ def try_tool(name: str, arguments: str) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Without arguments: one call, offline.")
     parser.add_argument("--tool", nargs="+", metavar=("NAME", "JSON"), help="run a tool of hooks/")
-    parser.add_argument("--load", type=int, metavar="N", help="so many calls at once, 1 to 300")
+    parser.add_argument("--url", default="", help="call this bridge, as TWILIO_AUTH_TOKEN signs")
+    parser.add_argument("--load", "--calls", type=int, metavar="N", help="calls at once, 1 to 300")
     parser.add_argument("--seconds", type=float, metavar="S", default=20, help="for so long (20)")
     asked, wrong = parser.parse_args(), list[str]()
     if asked.load is not None and not (1 <= asked.load <= 300 and 1 <= asked.seconds <= 3600):
@@ -2780,12 +2620,13 @@ def main() -> int:
     if asked.tool:
         print(try_tool(asked.tool[0], "".join(asked.tool[1:]) or "{}"))
         return 0
+    url = asked.url.rstrip("/")
+    work = measure(asked.load, asked.seconds, wrong) if asked.load else rehearse(wrong, url)
     try:
-        asyncio.run(measure(asked.load, asked.seconds, wrong) if asked.load else rehearse(wrong))
-    except (AssertionError, OSError, ConnectionClosed) as exc:
+        asyncio.run(work)
+    except (AssertionError, OSError, ConnectionClosed, InvalidStatus) as exc:
         wrong.append(str(exc) or repr(exc))
-    print(*(f"wrong: {one}" for one in wrong), sep="\n", end="")
-    print("" if wrong else "all of it was right")
+    print("\n".join(f"wrong: {one}" for one in wrong) or "all of it was right")
     return bool(wrong)
 
 
@@ -2809,7 +2650,7 @@ def test_program(rehearsal: Any) -> None:
     assert "all of it was right" in text and "3 calls for 1 s" in text, text
     assert "London" in program("--tool", "current_time", '{"place": "London"}')
     text, _ = rehearsal.communicate(timeout=20)
-    assert "backchannels left alone: 2 of 2; talked over: 0\nall of it was right" in text, text
+    assert "backchannels left alone: 2 of 2\nall of it was right" in text, text
 
 
 if __name__ == "__main__":
