@@ -52,7 +52,6 @@ CALLER, CALLED = "+819012345678", "+15005550006"
 BASE, VOICE = "https://phone.example", "/twilio/voice"
 SIGNED = {"twilio_auth_token": "12345, second", "public_base_url": BASE}
 IN_PROGRESS = {"CallStatus": "in-progress"}
-SIGNAL = signal.signal
 Object = dict[str, Any]
 SID, STREAM = "CA" + "0" * 32, "MZ" + "0" * 32
 LOUD, SILENCE, ROOM, HUM = b"\x90", b"\xff", b"\xf7", b"\xdf"  # mu-law: loud, none, faint, 32
@@ -548,8 +547,6 @@ def playback(script: str) -> list[str]:
     a mark of nobody | 0 add a 200; 0.1 mark 7; 0.1 mark 9999; 0.1 heard = 100
     sound after a pause | 0 add a 200; 0.2 mark 200; 1 add a 200; 1.1 left = 0.1
     a stall at Twilio | 0 add a 200; 0 add a 200; 0.7 mark 200; 0.8 left = 0.1
-    cut in the first of two | 0 add a 400; 0 add b 400; 0.25 cut = a:250 b:0
-    cut in the second | 0 add a 400; 0 add b 400; 0.4 mark 400; 0.5 cut = b:100
     cut when all was heard | 0 add a 400; 0.4 mark 400; 0.4 cut =
     cut while the last mark is on its way | 0 add a 400; 0.45 cut =
     cut twice | 0 add a 400; 0.1 cut = a:100; 0.2 cut =; 0.2 settle = a:100
@@ -667,7 +664,6 @@ PATCHES: list[tuple[Any, Any, Any]] = [  # examples of RFC 7396, and then of our
     ({"a": "b"}, {"a": "c"}, {"a": "c"}),
     ({"a": "b"}, {"a": None}, {}),
     ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
-    (["a", "b"], ["c", "d"], ["c", "d"]),
     ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
     ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
     ({"v": {"type": "s", "x": 1}}, {"v": {"type": "t"}}, {"v": {"type": "t"}}),
@@ -781,7 +777,6 @@ test_greeting = plays("""8 s from the stream to the first sound, or the apology.
     up late | 3 says g g 900; 9 | 2 renew | plan="reset, reset, http 500, http 429, ", within=1
     401 | | 0 end Say | plan="http 401"
     429 that is no rate limit | | 0 end Say | plan="http 429 insufficient_quota"
-    429 without credit | | 0 end Say | plan="http 429 credit_balance_exhausted"
     no greeting | 30 | 0 setup | greeting=""
     8 s count from the stream | 6 start; 13 says g g 500; 20 | 8.5 ask; 11.2 renew |
         opening="dialled"
@@ -1134,12 +1129,11 @@ def test_dial(caller: str) -> None:
     assert f"{dial}{shown}>+81312345678</Dial>" in scene.bridge.past[SID].twiml
 
 
-@pytest.mark.parametrize("number", ["", "0312345678", "+0312345678", "+81 3 1234 5678", "+12345"])
-def test_wrong_number(number: str) -> None:
+def test_wrong_number() -> None:
     """What is no E.164 number is refused at once, in words that help the model."""
-    for wrong in number, "+" + "1" * 16:
+    for number in "", "0312345678", "+0312345678", "+81 3 1234 5678", "+12345", "+" + "1" * 16:
         with pytest.raises(ValueError, match="E.164"):
-            bridge.Call.transfer(mock.Mock(), wrong)
+            bridge.Call.transfer(mock.Mock(), number)
 
 
 test_notices = plays("""It waits for silence; words stop it. | watch="media clear truncate end"
@@ -1226,15 +1220,6 @@ def test_mutated_messages(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     for n in range(60):
         print(f"call {n}")
         turned(mutated_call(chance))
-
-
-@pytest.fixture(autouse=True)
-def quick_stop(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At its end no test with sockets waits for words, or for a close, that will not come."""
-    for name in (
-        ("STOP_S", "WORDS_AT_END_S") if asyncio.iscoroutinefunction(request.function) else ()
-    ):
-        monkeypatch.setattr(bridge, name, 0.1)
 
 
 def new_id(kind: str) -> str:
@@ -1424,8 +1409,9 @@ class Session:
             await self.sends("error", error=error | {"event_id": event_id})
 
     async def begins(self) -> None:
-        self.active = new_id("resp_")
-        await self.sends("response.created", response={"id": self.active, "output": []})
+        if not self.active:
+            self.active = new_id("resp_")
+            await self.sends("response.created", response={"id": self.active, "output": []})
 
     async def ends(self, status: str = "completed", *output: Any) -> None:
         response = {"id": self.active, "status": status, "output": output, "usage": {"tokens": 3}}
@@ -1434,8 +1420,7 @@ class Session:
 
     async def speaks(self, mulaw: bytes, item: str = "", ms: int = 200, text: str = "") -> str:
         """A part of an answer, faster than it is spoken; with its words a whole one."""
-        if not self.active:
-            await self.begins()
+        await self.begins()
         item = item or new_id("item_")
         at = {"response_id": self.active, "item_id": item, "output_index": 0, "content_index": 0}
         for start in range(0, len(mulaw), ms * 8):
@@ -1447,9 +1432,12 @@ class Session:
             await self.ends()
         return item
 
+    async def is_heard_by(self, twilio: Twilio) -> None:
+        await self.speaks(sound(40), text="はい。")
+        await until(lambda: twilio.sent.endswith(sound(40)))
+
     async def calls_tool(self, name: str) -> None:
-        if not self.active:
-            await self.begins()
+        await self.begins()
         call = {"type": "function_call", "call_id": "call_1", "name": name, "arguments": "{}"}
         await self.ends("completed", call | {"id": "item_call", "status": "completed"})
 
@@ -1548,24 +1536,29 @@ class Line:
 async def a_bridge(module: Any = bridge, **settings: Any) -> AsyncIterator[Line]:
     """`bridge.run`. At its end nobody may have broken a protocol, and it ends without a fault."""
     openai, signals = OpenAI(), dict[int, Any]()
+    quick = mock.patch.multiple(module, STOP_S=0.1, WORDS_AT_END_S=0.1)  # nothing is waited for
     async with asyncio.timeout(15), openai.serves() as url:
         port = free_port()
         given = {"openai_realtime_url": url, "openai_api_key": "sk-secret", "host": "127.0.0.1"}
         chosen = module.Settings(**{"port": port, "greeting": "", **given, **settings})
         line = Line(port, openai, chosen)
-        while signal.signal is not SIGNAL:  # noqa: ASYNC110 - another one is just being started
-            await asyncio.sleep(0)
-        with mock.patch.object(signal, "signal", signals.__setitem__):
+        with quick, mock.patch.object(signal, "signal", signals.__setitem__):
             running = asyncio.create_task(module.run(chosen, line.hooks))
-            await asyncio.sleep(0)
-        await line.ready(lambda: not running.done())
-        try:
-            yield line
-        finally:
-            for _ in range(2):  # the second ends the calls now
-                signals[signal.SIGTERM](signal.SIGTERM, None)
-            await running
+            await line.ready(lambda: not running.done())
+            try:
+                yield line
+            finally:
+                for _ in range(2):  # the second ends the calls now
+                    signals[signal.SIGTERM](signal.SIGTERM, None)
+                await running
         assert [error for session in openai.sessions for error in session.errors] == []
+
+
+@contextlib.asynccontextmanager
+async def a_call(*module: Any, **settings: Any) -> Any:
+    """A call that is up."""
+    async with a_bridge(*module, **settings) as line:
+        yield line, *await line.call()
 
 
 def request(method: str, path: str, body: str | bytes = b"", **headers: str) -> bytes:
@@ -1848,8 +1841,7 @@ async def test_webhook(caplog: pytest.LogCaptureFixture) -> None:
         session = await line.openai.session()
         text = await line.caller().post()
         assert "混み合って" in text and "おかけ直し" in text and "<Stream" not in text
-        await session.speaks(sound(40), text="はい。")  # nobody in a call is disturbed
-        await until(lambda: twilio.sent == sound(40))
+        await session.is_heard_by(twilio)  # nobody in a call is disturbed
         assert "<Stream" in await twilio.post() and len(line.openai.asked) == 1
     assert any(re.search(r"MAX_CALLS.*\b1\b", text) for text in warnings(caplog))
 
@@ -1883,8 +1875,7 @@ STARTS += [{"callSid": sid} for sid in ("", None, [], "CA" + "7" * 32, "CA" + "7
 async def test_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A stream without a whole `start` in 5 s is closed; other calls are not touched."""
     assert bridge.START_S == 5
-    async with a_bridge() as line:
-        other, session = await line.call()
+    async with a_call() as (line, other, session):
         for changed in STARTS:
             stranger = line.caller()
             await stranger.post()
@@ -1896,8 +1887,7 @@ async def test_start(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureF
         asked = len(line.openai.asked)
         assert await (await line.caller().opens(nothing=True)).closed(1) == 1008
         assert len(line.openai.asked) == asked and len(line.hooks.calls) == 1
-        await session.speaks(sound(40), text="はい。")
-        await until(lambda: other.sent == sound(40))
+        await session.is_heard_by(other)
 
 
 async def test_token() -> None:
@@ -1912,7 +1902,7 @@ async def test_token() -> None:
         await until(lambda: line.hooks.calls)
         assert await (await line.caller().opens(**used)).closed() == 1008
         await first.post()
-        again = {"callSid": first.sid, "customParameters": first.parameters}
+        again = used | {"customParameters": first.parameters}
         assert await (await line.caller().opens(**again)).closed() == 1008
         assert first.socket.close_code is None and len(line.hooks.calls) == 1
         now = time.time()
@@ -1933,16 +1923,14 @@ JUNK += ['{"event":"mark","mark":{"name":["x"]}}', '{"event":"media","media":{"p
 @pytest.mark.parametrize("who", ["a stranger", "twilio", "openai"])
 async def test_junk(who: str, caplog: pytest.LogCaptureFixture) -> None:
     """An unreadable message costs one line without a traceback; the 50th the connection."""
-    async with a_bridge() as line:
-        twilio, session = await line.call()
+    async with a_call() as (line, twilio, session):
         if who == "a stranger":
             twilio = await line.caller().opens(nothing=True)
         wire = session.socket if who == "openai" else twilio.socket
         for text in (b'{"event":"\xff"}', *(text.encode() for text in JUNK)):
             await wire.send(text, text=True)
         if who != "a stranger":
-            await session.speaks(sound(40), text="はい。")
-            await until(lambda: twilio.sent == sound(40))
+            await session.is_heard_by(twilio)
             assert 8 <= len(warnings(caplog)) <= 13
         for _ in range(60):
             with contextlib.suppress(ConnectionClosed):
@@ -2016,8 +2004,7 @@ async def test_next(ending: str, asked: list[dict[str, str]], verbs: str) -> Non
 
 async def test_many_streams_of_one_call() -> None:
     """A call is connected again three times; a later call of its CallSid inherits no <Dial>."""
-    async with a_bridge() as line:
-        twilio, _ = await line.call()
+    async with a_call() as (line, twilio, _):
         for count in (1, 2, 3, 4):
             twilio.socket.transport.abort()
             assert await line.hooks.ended(count) == "twilio lost"
@@ -2077,8 +2064,7 @@ async def test_whole_call(wire: str) -> None:
         module = sys.modules["plain_bridge"] = types.ModuleType("plain_bridge")
         exec(compile(text, "plain_bridge.py", "exec"), vars(module))
         assert section and module.CONNECTIONS["twilio"] is module.TwilioConnection
-    async with a_bridge(module, greeting="もしもし。", barge_in_ms=0.0) as line:
-        twilio, session = await line.call()
+    async with a_call(module, greeting="もしもし。", barge_in_ms=0.0) as (line, twilio, session):
         assert "もしもし。" in await session.gets("response.create")
         await session.speaks(sound(100, 1), text="もしもし。")
         await until(lambda: line.hooks.facts("model_said"))
@@ -2123,8 +2109,7 @@ LOSSES: list[Any] = [  # how a session is lost, what comes then, and whether tha
 @pytest.mark.parametrize(("lose", "refusals", "for_good"), LOSSES)
 async def test_losses(lose: Any, refusals: list[Any], for_good: bool) -> None:
     """A session that is lost is replaced and told what was said; or the caller hears an apology."""
-    async with a_bridge() as line:
-        twilio, session = await line.call()
+    async with a_call() as (line, twilio, session):
         await session.speaks(sound(40), text="こんにちは。")
         await until(lambda: line.hooks.facts("model_said"))
         line.openai.refusals += refusals
@@ -2153,8 +2138,7 @@ def frame(head: int, payload: bytes, masked: bool = True, length: int = -1) -> b
 
 async def test_cut_frames() -> None:
     """Messages arrive whole wherever the bytes are cut, from either side; a ping is no message."""
-    async with a_bridge() as line:
-        twilio, session = await line.call()
+    async with a_call() as (line, twilio, session):
         await session.begins()
         at = {"response_id": session.active, "item_id": "i", "delta": "/v8="}
         delta = json.dumps({"type": "response.output_audio.delta", **at}).encode()
@@ -2175,8 +2159,7 @@ async def test_cut_frames() -> None:
 
 async def test_other_forms_of_messages() -> None:
     """Fragments, other JSON, long and very long messages are what they say."""
-    async with a_bridge() as line:
-        twilio, session = await line.call()
+    async with a_call() as (line, twilio, session):
         text = json.dumps(json.loads(twilio.media(sound(20, 1))), indent=1)
         await twilio.socket.send(text)
         data, then = text.encode(), twilio.media(sound(20, 2)).encode()  # fragments, then another
@@ -2212,15 +2195,13 @@ WRONG += [frame(0x01, b"x" * 60_000) + frame(0x80, b"x" * 60_000)]
 
 async def test_wrong_frames() -> None:
     """A frame that breaks the rules closes its own call and no other."""
-    async with a_bridge() as line:
-        twilio, session = await line.call()
+    async with a_call() as (line, twilio, session):
         for count, data in enumerate(WRONG, 1):
             other, _ = await line.call()
             other.socket.transport.write(data)
             assert await other.closed() in (1002, 1006, 1009), data[:20]
             await line.hooks.ended(count)
-        await session.speaks(sound(40), text="はい。")
-        await until(lambda: twilio.sent == sound(40))
+        await session.is_heard_by(twilio)
 
 
 def stops_reading(end: Any, ours: Any) -> Any:
@@ -2239,8 +2220,7 @@ async def test_unread_bytes(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other side does not read is bounded, pongs as well."""
     assert bridge.MAX_UNSENT <= 8 << 20
     monkeypatch.setattr(bridge, "MAX_UNSENT", 100_000)
-    async with a_bridge() as line:
-        twilio, session = await line.call()
+    async with a_call() as (line, twilio, session):
         call = line.hooks.calls[0]
         is_model = who == "model"
         wire = stops_reading(
@@ -2262,8 +2242,7 @@ async def test_unread_bytes(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.xfail(reason="server.connections leaves out those that are being closed")
 async def test_stop_beside_an_unread_stream() -> None:
     """The second signal ends the process within 3 s, whatever the other side does."""
-    async with a_bridge() as line:
-        twilio, _ = await line.call()
+    async with a_call() as (line, twilio, _):
         await until(lambda: line.hooks.calls)
         ours = line.hooks.calls[0].twilio
         wire = stops_reading(twilio, ours)
@@ -2442,8 +2421,7 @@ async def test_unread_standard_error(tmp_path: Path) -> None:
         twilio, session = await line.call()
         for _ in range(50):
             await ask(line.port, request("POST", VOICE, form(), Host="else.example"))
-        await session.speaks(sound(40), text="はい。")
-        await until(lambda: twilio.sent == sound(40))
+        await session.is_heard_by(twilio)
         await says(line, "log lines")
         assert int(re.findall(r"(\d+) log lines", line.log)[0]) > 50
         await twilio.hangs_up()
@@ -2603,16 +2581,15 @@ def rehearsal() -> Any:
         process.kill()
 
 
-def program(*arguments: str) -> str:
-    command = [sys.executable, __file__, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-
-
 def test_program(rehearsal: Any) -> None:
     """Many calls can be measured, a tool tried, and a call watched."""
-    text = program("--load", "3", "--seconds", "1")
-    assert "all of it was right" in text and "3 calls for 1 s" in text, text
-    assert "London" in program("--tool", "current_time", '{"place": "London"}')
+    for arguments, part in (
+        (("--load", "3", "--seconds", "1"), "all of it was right"),
+        (("--tool", "current_time", '{"place": "London"}'), "London"),
+    ):
+        command = [sys.executable, __file__, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert part in done.stdout and done.returncode == 0, done
     text, _ = rehearsal.communicate(timeout=20)
     assert "backchannels left alone: 2 of 2\nall of it was right" in text, text
 
