@@ -418,9 +418,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if words and not self.speaking and not self.turns:
             self.audio.forget_turn()
         if bare := re.sub(r"\W", "", words):
-            echo = len(bare) > 3 and bare in re.sub(r"\W", "", self.last_words)  # of the model
+            echo = bare in re.sub(r"\W", "", self.last_words)  # of the model, perhaps
             self.echoes = self.echoes if echo else 0
-            if not echo and not CLOSING.fullmatch(bare):
+            if not CLOSING.fullmatch(bare) and not (echo and len(bare) > 3):
                 self.call_off(item_id)
             elif self.ending and self.ending.called_off_by == item_id:  # their voice did, in vain
                 self.ending.called_off_by, self.owed = "", None
@@ -1295,7 +1295,7 @@ class Bridge:
         except (ValueError, LookupError) as exc:
             second = int(monotonic())
             self.refused = (second, self.refused[1] + 1 if second == self.refused[0] else 1)
-            if self.refused[1] <= 20:  # a flood is not to fill the log
+            if self.refused[1] <= 50:  # a flood is not to fill the log
                 log.warning("403 for %s from %s: %r", path, twilio.peer, str(exc))
             return reply(twilio, 403, "This was not verified. The log says what to set.\n")
         if not is_twilio:

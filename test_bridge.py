@@ -1090,7 +1090,7 @@ test_ending = plays("""A call ends when all is heard, unless the caller goes on 
     はい in its last second | 0 says r a 1000; 0 hang_up; 0.9 begins u; 1.2 stops u; 1.4 words u
         はい; 9 | 1.4 end Hangup
     a long leave | 0 bye; 0 hush 1000; 1 voice 1000; 2 hush 500; 1.2 begins u; 2.5 stops u; 3 words
-        u それでは失礼いたします; 3.2 says s b 500; 9 | 1.4 cut a 1380; 3.7 end Hangup
+        u それでは失礼いたします; 9 | 1.4 cut a 1380; 3 end Hangup
     they go on and on | 0 bye; 1 turn u 待って; 1.5 says s b 500; 5 turn v まだです; 5.5 says t c
         500; 30 | 1 ask
     then take leave | 0 bye; 1 turn u 待って; 1.5 says s b 500; 5 turn v さようなら; 5.5 says t c
