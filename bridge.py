@@ -1295,7 +1295,7 @@ class Bridge:
         except (ValueError, LookupError) as exc:
             second = int(monotonic())
             self.refused = (second, self.refused[1] + 1 if second == self.refused[0] else 1)
-            if self.refused[1] <= 50:  # a flood is not to fill the log
+            if self.refused[1] <= 100:  # a flood is not to fill the log
                 log.warning("403 for %s from %s: %r", path, twilio.peer, str(exc))
             return reply(twilio, 403, "This was not verified. The log says what to set.\n")
         if not is_twilio:
