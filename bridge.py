@@ -1391,10 +1391,11 @@ class Bridge:
             return HANG_UP
         if refusal := self.no_room():
             return refusal
-        if dialled and past:
-            past.opening = NOT_REACHED.format(dialled)
-        elif not past and not call:  # this process has been restarted
-            self.ended(sid, Past("", opening=LINE_IS_BACK + SAY_AGAIN))
+        if not past and not call:  # this process has been restarted
+            self.ended(sid, past := Past("", opening=LINE_IS_BACK + SAY_AGAIN))
+        if past:
+            past.reconnects += 1
+            past.opening = NOT_REACHED.format(clean(dialled)) if dialled else past.opening
         return self.stream(form, request)  # its `start` begins the call
 
     def no_room(self) -> str:
@@ -1411,7 +1412,7 @@ class Bridge:
         call = self.calls[sid] = Call(self, sid, caller, called, self.address(request, "next"))
         if past:
             call.history, call.notes = past.history, dict(past.notes)
-            call.reconnects = past.reconnects + 1
+            call.reconnects = past.reconnects
         if opening := (past.opening if past else "") or (greeting and GREET + greeting):
             call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
         return call
