@@ -1217,7 +1217,7 @@ def test_mutated_messages(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever comes: nothing but the fence's own line, and the call goes on or ends, told once."""
     caplog.set_level(logging.CRITICAL)
     chance = random.Random(seed)
-    for n in range(60):
+    for n in range(40):
         print(f"call {n}")
         turned(mutated_call(chance))
 
