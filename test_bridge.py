@@ -344,12 +344,13 @@ class Scene:
             case "lost":
                 self.call.end("twilio lost")
             case "over":  # an answer of 5 s, and after 1 s so many ms of the caller's voice over it
-                ms, hush_ms, stop_s = map(float, (rest + " 2000 0.5").split()[:3])
-                end_s = 1 + ms / 1000
+                ms, hush, stop_s = (rest + " 2000 0.5").split()[:3]
+                end_s = 1 + int(ms) / 1000
+                steps = f"1.2 begins u; {end_s} hush {hush}; {end_s + float(stop_s)} stops u"
                 self.do("says", "r a 5000 あいうえおかきくけこ")
-                steps = [(0, "hush 1000"), (1, f"voice {ms:g}"), (end_s, f"hush {hush_ms:g}")]
-                for at_s, step in [*steps, (1.2, "begins u"), (end_s + stop_s, "stops u")]:
-                    self.loop.call_later(at_s, self.do, *step.split())
+                for step in f"0 hush 1000; 1 voice {ms}; {steps}".split("; "):
+                    at_s, *what = step.split()
+                    self.loop.call_later(float(at_s), self.do, *what)
             case "bye":  # an answer of 3 s, and a hang-up
                 self.do("says", "r a 2000" if more else "r a 3000")
                 self.do(name or "hang_up", more)
@@ -374,19 +375,16 @@ class Scene:
             case "created":
                 self.event("response.created", response={"id": name, "status": "in_progress"})
             case "sound":  # response, item, ms, words
-                item, ms, *text = more.split(" ")
+                item, ms, text = (more + " ").split(" ")[:3]
                 where = {"response_id": name, "item_id": item, "content_index": 0}
-                kind = "response.output_audio_transcript"
+                kind = "response.output_audio"
                 if text:
-                    self.event(f"{kind}.delta", delta=text[0], **where)
+                    self.event(f"{kind}_transcript.delta", delta=text, **where)
                 for at in range(0, int(ms), 200):
                     delta = b64(HUM * 8 * min(200, int(ms) - at))
-                    self.event("response.output_audio.delta", delta=delta, **where)
+                    self.event(f"{kind}.delta", delta=delta, **where)
                 if text:
-                    self.event(f"{kind}.done", transcript=text[0], **where)
-            case "starts":
-                self.do("created", name)
-                self.do("sound", rest)
+                    self.event(f"{kind}_transcript.done", transcript=text, **where)
             case "life":  # an event of the response that is no sound
                 self.event("response.content_part.added", response_id=name, item_id="x", part={})
             case "done":
@@ -403,12 +401,9 @@ class Scene:
                     output.append({key: value for key, value in item.items() if value != "-"})
                 response = {"id": name, "output": output, "status": "completed"}
                 self.event("response.done", response=response)
-            case "tools":  # a response that calls them, and says nothing
-                self.do("created", "r")
-                self.do("calls", f"r {rest}")
-            case "says":
-                self.do("starts", rest)
-                self.do("done", name)
+            case "starts" | "says" | "tools":
+                for step in WHOLE[verb].format(name, rest).split("; "):
+                    self.do(*step.split(" ", 1))
             case "error":
                 error = {"code": name, "type": "x", "message": "m", "event_id": more or None}
                 self.event("error", error=error)
@@ -428,6 +423,8 @@ class Scene:
                 raise AssertionError(f"no such step: {verb}")
 
 
+WHOLE = {"starts": "created {0}; sound {1}", "says": "created {0}; sound {1}; done {0}"}
+WHOLE |= {"tools": "created r; calls r {1}"}  # a response that only calls them
 BUFFER = {"begins": "speech_started", "stops": "speech_stopped", "commits": "committed"}
 OFF = math.inf  # BARGE_IN_MS
 WATCHED = "ask cancel truncate clear setup probe output end"
@@ -659,7 +656,6 @@ def test_listen() -> None:
 
 # ── session.update ──────────────────────────────────────────────────────────────────────────────
 
-
 PATCHES: list[tuple[Any, Any, Any]] = [  # examples of RFC 7396, and then of our own
     ({"a": "b"}, {"a": "c"}, {"a": "c"}),
     ({"a": "b"}, {"a": None}, {}),
@@ -688,11 +684,7 @@ def test_session_update() -> None:
     vad = {"type": "server_vad", "threshold": 0.5, "prefix_padding_ms": 300}
     vad |= {"silence_duration_ms": 500, "create_response": True, "interrupt_response": False}
     pcmu, words = {"type": "audio/pcmu"}, {"model": "gpt-transcribe"}
-    wanted: Object = {
-        "type": "realtime",
-        "output_modalities": ["audio"],
-        "instructions": "Be brief.",
-    }
+    wanted = {"type": "realtime", "output_modalities": ["audio"], "instructions": "Be brief."}
     wanted |= {"reasoning": {"effort": "low"}, "tools": [tool], "tool_choice": "auto"}
     hears = {"format": pcmu, "turn_detection": vad, "transcription": words}
     wanted |= {"audio": {"input": hears, "output": {"format": pcmu, "voice": "marin"}}}
@@ -725,7 +717,6 @@ def test_interrupt_response(script: str, expected: str, options: Object) -> None
 
 
 # ── Nobody is left in silence ───────────────────────────────────────────────────────────────────
-
 
 test_silence = plays("""What does not come: asked for at 1.5 s, at 4 s, in a new session; apology.
     turn without a response | 0 turn u | 1.5 ask; 4 ask; 6.5 renew; 9 end Say
@@ -920,7 +911,6 @@ def test_what_the_model_hears(script: str, expected: str, options: Object) -> No
 
 # ── Turns and barge-in ──────────────────────────────────────────────────────────────────────────
 
-
 test_barge_in = plays("""BARGE_IN_MS of voice cut the model where it was heard. | within=0.15
     at most 300 s are queued | 0 starts r a 300300; 0 done r cancelled x; 9 | 0 cancel r
     nearly so much | 0 starts r a 298800; 0 done r; 9
@@ -1067,7 +1057,6 @@ def test_audio_events() -> None:
 
 
 # ── The end of a call ───────────────────────────────────────────────────────────────────────────
-
 
 test_ending = plays("""A call ends when all is heard, unless the caller goes on talking.
     hang_up() | 0 bye; 9 | 3 end Hangup
@@ -2037,14 +2026,13 @@ PAGES: list[Any] = [  # a page, its status, kind, and a part of it
     (lambda query: {"はい": [1]}, 200, "application/json", '{"はい": [1]}'),
     (lambda query: query["missing"], 500, "text/plain", "log"),
     (HERE / "nothing.html", 500, "text/plain", "log"),
+    (None, 200, "application/json", '"status": "ok", "calls": 1'),
 ]
 
 
 async def test_pages() -> None:
     """A file, or what a function of the query returns: text, bytes or JSON. HEAD has no body."""
-    async with a_bridge() as line:
-        await line.call()
-        PAGES.append((None, 200, "application/json", '"status": "ok", "calls": 1'))
+    async with a_call() as (line, *_):
         for page, status, kind, part in PAGES:
             line.hooks.pages["/page"] = page
             path = "/page?a=b+c" if page else "/health"
@@ -2264,6 +2252,7 @@ SETTINGS: list[tuple[dict[str, str], dict[str, Any]]] = [
     ({"FLY_APP_NAME": "my-app"}, {"public_base_url": "https://my-app.fly.dev"}),
     ({"FLY_APP_NAME": "my-app", "PUBLIC_BASE_URL": BASE + "/"}, {"public_base_url": BASE}),
     ({"PUBLIC_BASE_URL": BASE + ":84/phone/"}, {"public_base_url": BASE + ":84/phone"}),
+    ({}, {"max_calls": 100, "max_call_seconds": 3600, "drain_seconds": 240, "barge_in_ms": 400}),
     ({"SESSION": '{"audio": {}}'}, {"session": {"audio": {}}, "barge_in_ms": 400}),
     ({"BARGE_IN_MS": "off", "GREETING": ""}, {"barge_in_ms": OFF, "greeting": ""}),
     ({"BARGE_IN_MS": "0"}, {"barge_in_ms": 0, "transcription_model": "gpt-transcribe"}),
