@@ -848,6 +848,8 @@ test_session = plays("""A silent session is asked, and replaced after 8 s; a los
         s b 9 | どうぞ。/はい/あいうえお
     words that came late | 0 begins u; 0 stops u; 0 commits u; 0 says r a 500 あお; 1 words u はい;
         2 closes 1006; 3 | どうぞ。/はい/あお
+    words of an answer that come late | 0 turn u はい; 0 starts r a 500; 0.1 turn v うん; 0.2 sound
+        r a 100 あお; 0.3 done r; 3 closes 1006; 4 | どうぞ。/はい/あお/うん
     words before their place | 0 begins u; 0 stops u; 0 words u はい; 0.1 commits u; 0.1 says r a
         500 あ; 2 closes 1006; 3 | どうぞ。/はい/あ
     a hook's text | 0 tell_model x; 0 says r a 500 あ; 2 closes 1006; 3 | どうぞ。/x/あ
@@ -1691,20 +1693,18 @@ for body, headers in [
 @pytest.mark.parametrize("settings", {str(row[0]): row[0] for row in REQUESTS}.values())
 async def test_requests(settings: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     """Each request gets its HTTP response; nobody else than Twilio or this computer is let in."""
-    wrong, told, refused, began = list[Any](), 0, 0, time.monotonic()
+    wrong = list[Any]()
     async with a_bridge(**settings) as line:
         for given, sent, status in REQUESTS:
             if given == settings:
                 caplog.clear()
                 got, headers, body = await ask(line.port, sent)
                 logged = [text for text in warnings(caplog) if text.startswith("403")]
-                told, refused = told + len(logged), refused + (got == 403)
-                right = len(logged) == (got == 403) or (refused > 20 and not logged)
-                right &= (got, "Allow" in headers) == (status, got == 405)
+                right = (got, len(logged), "Allow" in headers) == (status, got == 403, got == 405)
                 right &= "HTTP/1.1" not in body and "12345" not in caplog.text
                 wrong += [] if right else [(sent[:200], status, got, body, logged)]
         assert len(line.openai.asked) <= 1, "a call was begun for a stranger"
-    assert wrong == [] and told <= 20 * (time.monotonic() - began + 2), "a flood of log lines"
+    assert wrong == []
 
 
 async def test_other_machine() -> None:
@@ -1808,8 +1808,12 @@ async def test_silent_connections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_outside_text_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """What comes from outside cannot steer a terminal, and makes no false log line."""
+    """What comes from outside cannot steer a terminal, and makes no false line, and no flood."""
     async with a_bridge() as line:
+        with mock.patch.object(bridge, "monotonic", return_value=5.0):
+            for _ in range(105):
+                await ask(line.port, request("POST", VOICE, form(), Via="x"))
+        assert len(warnings(caplog)) == 100
         await ask(line.port, request("POST", VOICE, form(), Origin="http://\x80\x9b[31mx\t"))
         await ask(line.port, request("POST", VOICE, form("CA\nERROR"), Host="\x9b[31m"))
         await line.caller().opens(callSid="CA\nERROR\x1b[31m")
