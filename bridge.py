@@ -1124,7 +1124,7 @@ class Hooks:
                 task.cancel()
                 raise TimeoutError(f"{name} took longer than {TOOL_S:g} s")
             return None if (result := task.result()) is None else result[:MAX_RESULT]
-        except (Exception, asyncio.CancelledError) as exc:  # the latter, if it cancels itself
+        except BaseException as exc:  # such as CancelledError, if it cancels itself
             log.error(
                 "tool %s failed", name, exc_info=exc if done else None, extra={"call": call.sid}
             )
@@ -1519,6 +1519,7 @@ class Wire(Connection):
         """Close it; what still comes of it means nothing."""
         if why:
             log.warning("%s is closed: %s", type(self).__name__, why)
+        self.loop.call_later(1.5, self.transport.abort)  # close() waits for one that does not read
         self.handle = lambda text: None
         self.closing = asyncio.create_task(self.close(code))
 
@@ -1727,7 +1728,7 @@ async def run(settings: Settings, hooks: Hooks) -> None:
     way: Object = {"process_request": bridge.process_request, "compression": None}
     way["create_connection"] = functools.partial(CONNECTIONS["twilio"], silent=bridge.silent)
     way |= {"open_timeout": 2 * REQUEST_S, "close_timeout": 1, "max_size": 64 << 10}  # s, s, bytes
-    async with serve(bridge.take_stream, settings.host or None, settings.port, **way) as server:
+    async with serve(bridge.take_stream, settings.host or None, settings.port, **way):
         base = settings.public_base_url or f"http://localhost:{settings.port}"
         log.info("listening on port %d; the webhook is POST %s/twilio/voice", settings.port, base)
         if bridge.validators and not settings.public_base_url:
@@ -1740,8 +1741,6 @@ async def run(settings: Settings, hooks: Hooks) -> None:
         bridge.draining = True
         log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
         await drain(bridge, signals)
-        for connection in list(server.connections):  # nobody waits for one that does not read
-            connection.transport.abort()
     await asyncio.to_thread(hooks.close, 6.0 if len(signals) < 2 else 0.5)
 
 

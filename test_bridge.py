@@ -791,7 +791,7 @@ test_tools = plays("""Outputs are sent, one response is asked for; a tool ends h
     without a name | 0 tools -:c; 0.1 says s a 9 | 0 output c Error; 0 ask
     incomplete | 0 turn u; 1 created r; 1 calls r add:c:incomplete; 2 | 2.5 ask
     that raises KeyboardInterrupt | 0 tools quits:c; 0.1 says s a 9 | 0 output c Error; 0 ask
-    that raises GeneratorExit | 0 tools closes:c; 0.1 says s a 9 | 0 output c Error; 0 ask | xfail=1
+    that raises GeneratorExit | 0 tools closes:c; 0.1 says s a 9 | 0 output c Error; 0 ask
     that cancels itself | 0 turn u; 0 tools cancels:c; 0.1 says s a 9 | 0 output c Error; 0 ask
     of 20 s | 0 tools endless:c; 20.1 says s a 9 | 20 output c Error; 20 ask
     a turn while it runs | 0 tools slow:c; 1 turn u; 6.1 says s a 9; 9 | 6 output c at last; 6 ask
@@ -2233,7 +2233,6 @@ async def test_unread_bytes(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
         wire.abort()
 
 
-@pytest.mark.xfail(reason="server.connections leaves out those that are being closed")
 async def test_stop_beside_an_unread_stream() -> None:
     """The second signal ends the process within 3 s, whatever the other side does."""
     async with a_call() as (line, twilio, _):
