@@ -88,6 +88,7 @@ class FakeWire:
 
     def __init__(self, scene: Scene) -> None:
         self.scene, self.unreadable, self.waiting = scene, 0, list[str]()
+        self.loop, self.abort = asyncio.get_running_loop(), lambda: None
         scene.wires.append(self)
         self.transport, self.paused, self.closed = (
             self,

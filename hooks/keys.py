@@ -4,7 +4,7 @@ A key interrupts the model, as in every telephone menu. What is pressed is told 
 entry, because the network reports keys one by one and the model would answer to each. An entry ends
 with `#`, or when no further key has come for a while. `*` is a key like others.
 
-    KEYS_PAUSE_SECONDS=2    without another key that end an entry
+    KEYS_PAUSE_SECONDS=3    without another key that end an entry
 
 Nothing is stored.
 """
@@ -19,7 +19,7 @@ from typing import Any
 MAX_KEYS = 32  # of one entry: nobody types more, and a stuck key is not collected for ever
 
 try:
-    PAUSE_S = float(os.environ.get("KEYS_PAUSE_SECONDS") or 2)
+    PAUSE_S = float(os.environ.get("KEYS_PAUSE_SECONDS") or 3)
     if not 0 < PAUSE_S <= 60:
         raise ValueError
 except ValueError:
