@@ -537,12 +537,11 @@ def playback(script: str) -> list[str]:
     nothing sent | 0 heard = 0; 0 left = 0; 0 cut =; 0 settle =
     the clock between two marks | 0 add a 1000; 0.25 heard = 250; 0.25 left = 0.75
     no mark, no more than was sent | 0 add a 400; 0.5 heard = 400; 0.5 left = 0
-    a mark | 0 add a 200; 0 add a 200; 0.2 mark 200; 0.3 heard = 300; 0.3 left = 0.1
+    a mark, and one of nobody | 0 add a 200; 0 add a 200; 0.2 mark 200; 0.2 mark 9; 0.3 heard = 300
     a mark that is late | 0 add a 400; 0 add a 400; 0.5 mark 400; 0.6 heard = 500
     the clock not beyond a mark that is out | 0 add a 200; 0 add a 800; 0.9 heard = 200
     one mark for all before it | 0 add a 200; 0 add a 200; 0.4 mark 400; 0.4 heard = 400
     a mark twice | 0 add a 200; 0 add a 200; 0.2 mark 200; 0.3 mark 200; 0.3 heard = 300
-    a mark of nobody | 0 add a 200; 0.1 mark 7; 0.1 mark 9999; 0.1 heard = 100
     sound after a pause | 0 add a 200; 0.2 mark 200; 1 add a 200; 1.1 left = 0.1
     a stall at Twilio | 0 add a 200; 0 add a 200; 0.7 mark 200; 0.8 left = 0.1
     cut when all was heard | 0 add a 400; 0.4 mark 400; 0.4 cut =
@@ -565,11 +564,9 @@ def test_playback(script: str, expected: str, options: Object) -> None:
 
 def test_heard_text() -> None:
     """Of a cut item the share of its words that was heard, of all that OpenAI made."""
-    text = "あいうえおかきくけこ"
-    for made_ms, heard_ms, heard in (1000, None, text), (1000, 500, text[:5]), (2000, 500, "あい"):
-        item = bridge.Item("a", made=made_ms * 8, text=text, heard_ms=heard_ms)
-        assert item.heard_text == heard
-    assert bridge.Item("a", made=0, text=text, heard_ms=0).heard_text == ""
+    for made_ms, heard_ms, heard in (1000, None, 10), (1000, 500, 5), (2000, 500, 2), (0, 0, 0):
+        item = bridge.Item("a", made=made_ms * 8, text="あいうえおかきくけこ", heard_ms=heard_ms)
+        assert item.heard_text == item.text[:heard]
 
 
 # ── The caller's audio ──────────────────────────────────────────────────────────────────────────
@@ -630,7 +627,6 @@ def test_loudness() -> None:
     one silent frame is not the noise | fnnnnnnnnn > nnnn | 0
     faint is no voice in silence either | ffff > rrrr | 0
     what was there before counts | ffffffffffffffffffffvvv > vvvv | 140
-    nothing before |  > vvvv | 80
     a stop inside a word | ffff > vvffffffffffvv | 280
     a pause is no voice | ffff > vvffffffffff | 40
     a longer pause ends it | ffff > vvfffffffffff | 0
@@ -658,7 +654,6 @@ def test_listen() -> None:
 # ── session.update ──────────────────────────────────────────────────────────────────────────────
 
 PATCHES: list[tuple[Any, Any, Any]] = [  # examples of RFC 7396, and then of our own
-    ({"a": "b"}, {"a": "c"}, {"a": "c"}),
     ({"a": "b"}, {"a": None}, {}),
     ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
     ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
@@ -746,7 +741,6 @@ test_silence = plays("""What does not come: asked for at 1.5 s, at 4 s, in a new
     after an answer the ladder begins anew | 0 turn u; 4.1 says r a 9; 10 created s; 10 done s;
         11.6 says t b 1; 30 | 1.5 ask; 4 ask; 11.5 ask
     committed only | 0 begins u; 1 commits u; 2.6 says r a 500; 5 | 2.5 ask
-    unknown commit | 0 commits x; 9
     a caller who asks whether somebody is there | 0 turn u; 4.2 turn v もしもし; 8.4 turn w
         もしもし; 12.6 turn x もしもし; 16.8 turn y もしもし; 20 | 1.5 ask; 4 ask; 6 renew; 10 end
         Say
@@ -772,7 +766,6 @@ test_greeting = plays("""8 s from the stream to the first sound, or the apology.
     no greeting | 30 | 0 setup | greeting=""
     8 s count from the stream | 6 start; 13 says g g 500; 20 | 8.5 ask; 11.2 renew |
         opening="dialled"
-    key before it | 0.5 key 5; 1 says g g 500; 9 | 0 renew
 """)
 
 
@@ -1761,8 +1754,7 @@ async def test_20_mib(caplog: pytest.LogCaptureFixture) -> None:
         await writer.drain()
         got = await reader.read()
         writer.close()
-    assert got.startswith(b"HTTP/1.1 413") and got.count(b"HTTP/1.1") == 1
-    assert warnings(caplog) == []
+    assert got.startswith(b"HTTP/1.1 413") and got.count(b"HTTP/1.1") + len(warnings(caplog)) == 1
 
 
 async def test_incomplete_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1943,7 +1935,6 @@ COMPLETED = {"CallStatus": "completed"}
 NEXT = [  # how the call ended, what is asked one after the other, the verbs of the last TwiML
     ("hang_up", [IN_PROGRESS] * 2, "Hangup"),
     ("caller", [COMPLETED], "Hangup"),
-    ("lost", [COMPLETED], "Hangup"),
     ("lost", [IN_PROGRESS], "Connect Redirect"),
     ("lost", [{"CallStatus": ""}], "Connect Redirect"),
     ("open", [IN_PROGRESS], "Connect Redirect"),
@@ -2150,6 +2141,19 @@ async def test_cut_frames() -> None:
             piece = sound(20) if wire is at_twilio else b"\xfe\xff"
             came = (lambda: session.heard) if wire is at_twilio else (lambda: twilio.sent)
             await until(lambda: came() == piece * len(data))  # noqa: B023
+
+
+async def test_handshake_in_pieces() -> None:
+    """OpenAI's answer to the handshake may come byte by byte, as all that follows."""
+    whole = bridge.FastOpenAI.data_received
+
+    def bytewise(wire: Any, data: bytes) -> None:
+        for at in range(max(1, len(data))):
+            whole(wire, data[at : at + 1])
+
+    with mock.patch.object(bridge.FastOpenAI, "data_received", bytewise):
+        async with a_call() as (_, twilio, session):
+            await session.is_heard_by(twilio)
 
 
 async def test_other_forms_of_messages() -> None:
