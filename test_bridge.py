@@ -90,11 +90,8 @@ class FakeWire:
         self.scene, self.unreadable, self.waiting = scene, 0, list[str]()
         self.loop, self.abort = asyncio.get_running_loop(), lambda: None
         scene.wires.append(self)
-        self.transport, self.paused, self.closed = (
-            self,
-            False,
-            asyncio.get_running_loop().create_future(),
-        )
+        self.transport, self.paused, self.loop = self, False, scene.loop
+        self.closed = self.loop.create_future()
 
     def put(self, *texts: str) -> None:
         for text in texts:
@@ -107,7 +104,7 @@ class FakeWire:
         self.paused = False
         waiting, self.waiting = self.waiting, []
         for text in waiting:
-            asyncio.get_running_loop().call_soon(self.feed, text)
+            self.loop.call_soon(self.feed, text)
 
     def feed(self, message: Object | str) -> None:
         text = message if isinstance(message, str) else json.dumps(message)
@@ -115,6 +112,9 @@ class FakeWire:
             self.waiting.append(text)
         elif not self.closed.done():
             self.attempt(text)
+
+    def abort(self) -> None:
+        assert self.closed.done(), "it closes by itself"
 
     async def read(self) -> None:
         await self.closed
@@ -487,8 +487,7 @@ def table(rows: str) -> Any:
     for row in filter(None, map(str.strip, re.sub(r"\n {8,}", " ", rows).split("\n"))):
         name, script, expected, options = (*map(str.strip, row.split("|")), "", "")[:4]
         more = eval(f"dict({options})", globals())
-        marks = [pytest.mark.xfail] * more.pop("xfail", 0)
-        params.append(pytest.param(script, expected, more, id=name, marks=marks))
+        params.append(pytest.param(script, expected, more, id=name))
     return pytest.mark.parametrize(("script", "expected", "options"), params)
 
 
