@@ -1552,7 +1552,7 @@ class TwilioConnection(Wire, ServerConnection):
 
     def __init__(self, *arguments: Any, silent: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.silent, self.unread = silent, bytearray()
+        self.silent, self.unread, self.needed = silent, bytearray(), 0  # bytes of head and body
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -1569,13 +1569,16 @@ class TwilioConnection(Wire, ServerConnection):
                 super().data_received(data)
             return
         self.unread += data
+        if len(self.unread) < self.needed:  # the head was read, and its body is still to come
+            return
         head, blank, body = self.unread.partition(b"\r\n\r\n")
-        lengths = [it.strip(b" \t") for it in LENGTH.findall(head[:MAX_HEAD])] or [b"0"]
         if len(head) > MAX_HEAD:
             self.hand_on(431)
-        elif not blank:
             return
-        elif b"\r\ntransfer-encoding:" in head.lower():
+        if not blank:
+            return
+        lengths = [it.strip(b" \t") for it in LENGTH.findall(head)] or [b"0"]
+        if b"\r\ntransfer-encoding:" in head.lower():
             self.hand_on(411)
         elif len(lengths) > 1 or not lengths[0].isdigit():
             self.hand_on(400)
@@ -1585,8 +1588,10 @@ class TwilioConnection(Wire, ServerConnection):
             self.form, probe = body[:size].decode("utf-8", "replace"), ServerProtocol()
             probe.receive_data(plain := bytes(LENGTH.sub(b"", head) + blank))  # would it drop it?
             self.hand_on(0 if probe.events_received() else 400, plain)
-        elif not body and b"\r\nexpect: 100-continue" in head.lower():
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        else:
+            self.needed = len(head + blank) + size
+            if not body and b"\r\nexpect: 100-continue" in head.lower():
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def hand_on(self, refusal: int, head: bytes = b"") -> None:
         """websockets gets the request, or one to refuse."""
