@@ -71,8 +71,8 @@ async def test_files(host: Host, caplog: pytest.LogCaptureFixture) -> None:
 
 
 BROKEN = ["def call_started(call)", "import no_such_package", "1 / 0", "TOOLS = None", "PAGES = 7"]
-BROKEN += ["PAGES = {'/': 7}", "def f(a, b): 1\nPAGES = {'/': f}", "TOOLS = [7]"]
-BROKEN += ["def f(): 'Doc.'\nTOOLS = [f]\nPAGES = 7"]
+BROKEN += ["TOOLS = [7]", "def f(): 'Doc.'\nTOOLS = [f]\nPAGES = 7", "def f(): 0\nTOOLS = [f]"]
+BROKEN += [f"def {name}(): 'Doc.'\nTOOLS = [{name}]" for name in ("天気", "f" * 65)]
 
 
 @pytest.mark.parametrize("code", BROKEN)
@@ -191,24 +191,29 @@ def book(call, name, people: Annotated[int, "How many."] = 2, *, room: Literal["
     return [name, people, room, threading.current_thread().name, call.sid]
 async def silent(): "Says nothing."
 def fails(): "Fails."; raise SystemExit("no")
+def odd(): "Odd."; raise BaseException("odd")
+async def cancels(): "Cancels itself."; asyncio.current_task().cancel(); await asyncio.sleep(0)
+async def leaves(): "Cancels itself at its end."; asyncio.current_task().cancel()
 async def hangs(): "Hangs."; await asyncio.sleep(60)
+def empty(): "Looks for nothing."; return next(iter([]))
 def text(warm: float = 1.0, dry: bool = True): "Some text."; return f"{warm} {dry}" + "x" * 99_999
-TOOLS = [book, silent, fails, hangs, text]
+TOOLS = [book, silent, fails, odd, cancels, leaves, hangs, empty, text]
 '''
 TOOL_CALLS = [  # name, arguments, a part of what the model is told
     ("book", '{"name": "山", "people": 3, "room": "B"}', '["山", 3, "B", "tool_'),
-    ("book", '{"name": "x", "people": null}', '"x", 2, "A"'),
     ("book", '{"name": "x"}', "CA" + "1" * 32),
     ("book", "{}", "'name'"),
-    ("book", '{"name": 7}', "name must"),
-    ("book", '{"name": "x", "room": "C"}', "room must"),
     ("book", '{"name": "x", "size": 1}', "size"),
     ("book", "[1]", "Error"),
     ("book", "{", "Error"),
     ("text", '{"warm": 3}', "3 True"),
     ("fails", "{}", "Error"),
+    ("odd", "{}", "Error: BaseException('odd')"),
+    ("cancels", "{}", "Error: CancelledError()"),
+    ("leaves", "{}", "leaves has returned nothing"),
     ("hangs", "{}", "0.1 s"),
-    ("nothing", "{}", "no tool named nothing"),
+    ("empty", "{}", "StopIteration"),
+    ("nothing", "{}", "Error: 'nothing'"),
 ]
 
 
