@@ -780,8 +780,8 @@ class CallerAudio:  # the caller's audio on its way to the model; no I/O
     def listen(self, last: int, step: int, now: float) -> None:  # to every `step`th of them
         for payload in self.kept[-last::step]:
             mulaw = base64.b64decode(payload)
-            ms, some = len(mulaw) / 8, mulaw[::7].translate(LOUDNESS)  # a 7th tells enough
-            level = sum(some) / len(some) if some else 0.0
+            ms = len(mulaw) / 8
+            level = sum(mulaw.translate(LOUDNESS)) / (len(mulaw) or 1)
             louder = level > self.noise + 16  # in a silent call: all above -48 dBFS
             self.noise += min(0.1, (level - self.noise) / 4)  # one silent frame is not the noise
             self.pause_ms += 0.0 if louder else ms
