@@ -83,8 +83,7 @@ class FakeWire:
     most_unreadable = bridge.MAX_UNREADABLE
     handle: Callable[[str], object]
     take: Callable[[str], None]
-    close_code: int | None = None
-    close_reason = ""
+    close_code, close_reason = 0, ""
 
     def __init__(self, scene: Scene) -> None:
         self.scene, self.unreadable, self.waiting = scene, 0, list[str]()
@@ -402,7 +401,7 @@ class Scene:
                 for step in WHOLE[verb].format(name, rest).split("; "):
                     self.do(*step.split(" ", 1))
             case "error":
-                error = {"code": name, "type": "x", "message": "m", "event_id": more or None}
+                error = {"code": name, "type": name, "message": "m", "event_id": more or None}
                 self.event("error", error=error)
             case "closes":
                 self.loop.create_task(self.openai.close(int(name), more))
@@ -751,6 +750,7 @@ test_greeting = plays("""8 s from the stream to the first sound, or the apology.
     dials that are reset | | 8 end Say | plan="reset"
     up late | 3 says g g 900; 9 | 2 renew | plan="reset, reset, http 500, http 429, ", within=1
     401 | | 0 end Say | plan="http 401"
+    an error before it is ready | 0 error server_error | 0 setup; 0.3 setup; 8 end Say | plan="mute"
     429 that is no rate limit | | 0 end Say | plan="http 429 insufficient_quota"
     no greeting | 30 | 0 setup | greeting=""
     8 s count from the stream | 6 start; 13 says g g 500; 20 | 8.5 ask; 11.2 renew |
@@ -980,6 +980,7 @@ test_words = plays("""Once for each turn, by item; "" without words. | watch="ca
     failed | 0 begins u; 0 stops u; 0 says r a 1; 1 nowords u; 12 | 1 caller_said u
     twice | 0 turn u はい; 1 words u いいえ; 12 | 0 caller_said u はい
     late | 0 begins u; 0 stops u; 0 says r a 1; 11 words u はい; 13 | 10.2 caller_said u
+    early | 0 begins u; 0.5 words u はい; 1 stops u; 1 says r a 1; 13 | 0.5 caller_said u はい
     of nobody | 0 words x はい; 1 nowords y; 5
     empty | 0 begins u; 0 stops u; 0 words u; 0 says r a 1; 5 | 0 caller_said u
     in the wrong order | 0 begins u; 1 stops u; 1 says r a 1; 2 begins v; 3 stops v; 3 says s b 1;
@@ -1031,7 +1032,6 @@ test_events = plays("""The story of a call. | watch=" ".join(bridge.EVENTS)
 
 def test_audio_events() -> None:
     """Sound is decoded for hooks only when a file listens."""
-
     sound = [("model_audio", {"mulaw": HUM * 320}), ("caller_audio", {"mulaw": LOUD * 160})]
     for listens in False, True:
         scene = play("0 voice 20; 0 says r a 40", "", "nothing", listens=listens)
@@ -1094,7 +1094,7 @@ test_ending = plays("""A call ends when all is heard, unless the caller goes on 
 
 def test_closing_words() -> None:
     """They take leave, or agree; the others do not, however long they are."""
-    words = "はい では失礼します ありがとうございました よろしくお願いいたします ok goodbye"
+    words = "はい あはい では失礼します ありがとうございました よろしくお願いいたします ok goodbye"
     assert all(map(bridge.CLOSING.fullmatch, words.split()))
     assert not any(map(bridge.CLOSING.fullmatch, ("もう一つ", "はいあの", "じゃあ" * 5000 + "x")))
 

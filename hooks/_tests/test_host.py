@@ -201,6 +201,7 @@ TOOLS = [book, silent, fails, odd, cancels, leaves, hangs, empty, text]
 '''
 TOOL_CALLS = [  # name, arguments, a part of what the model is told
     ("book", '{"name": "山", "people": 3, "room": "B"}', '["山", 3, "B", "tool_'),
+    ("book", '{"name": "山", "people": null}', '["山", 2, "A", "tool_'),
     ("book", '{"name": "x"}', "CA" + "1" * 32),
     ("book", "{}", "'name'"),
     ("book", '{"name": "x", "size": 1}', "size"),
