@@ -126,8 +126,9 @@ REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}
 MEDIA = re.compile(r'{"event":"media"[^{]*{.*?stamp":"(\d{1,9})","payload":"([a-zA-Z0-9+/]+=*)"')
 CLOSING = re.compile(  # words that agree or take leave do not call a hang-up off
     "(?i)(?>はい|ええ|うん|いいえ|いえ|それでは|では|じゃあ|どうも|結構です|大丈夫です|ok|yes"
-    "|わかりました|承知しました|ありがとう(?>ございま(?>す|した))?|お願い(?>し|いたし)ます|thanks"
-    "|よろしく|すみません|失礼(?>し|いたし)ま(?>す|した)|さよう?なら|おやすみなさい|(?>good)?bye|あ)++"
+    "|わかりました|承知しました|ありがとう(?>ございま(?>す|した))?|お願い(?>し|いたし)ます"
+    "|よろしく|すみません|失礼(?>し|いたし)ま(?>す|した)|さよう?なら|おやすみなさい|thanks"
+    "|(?>good)?bye|あ)++"
 )
 
 
@@ -276,8 +277,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         item.made += len(mulaw)
         if self.cut and item.heard_ms is None:  # it begins, or goes on, after the cut
             item.heard_ms = (item.ends - item.begins) // 8
-            where = {"item_id": item_id, "content_index": 0}
-            self.to_openai("conversation.item.truncate", **where, audio_end_ms=item.heard_ms)
+            self.truncate(item)
         elif mulaw and not (self.cut or self.over.done()):
             if self.playback.items.pop("", None):  # once: what follows is the model's own
                 self.stop_sound(now, by="model")
@@ -318,14 +318,17 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}')
         cut = [item for item in self.playback.cut(now) if item.id]
         for item in cut:
-            if item.session == self.session:
-                where = {"item_id": item.id, "content_index": 0, "audio_end_ms": item.heard_ms}
-                self.to_openai("conversation.item.truncate", **where)
-            else:  # this session was told all of it
-                self.add_text(Item("", role="system", text=HEARD_ONLY + item.heard_text))
+            self.truncate(item)
         for item in cut[:1]:
             self.echoes, sent_ms = self.echoes + (by == "voice"), (item.ends - item.begins) // 8
             self.emit("model_interrupted", item=item.id, heard_ms=item.heard_ms, sent_ms=sent_ms)
+
+    def truncate(self, item: Item) -> None:  # in the model's memory, at what was heard
+        if item.session == self.session:
+            where = {"item_id": item.id, "content_index": 0, "audio_end_ms": item.heard_ms}
+            self.to_openai("conversation.item.truncate", **where)
+        else:  # this session was told all of it
+            self.add_text(Item("", role="system", text=HEARD_ONLY + item.heard_text))
 
     def caller_stopped(self, item_id: str, now: float) -> None:
         last_sound_at = max(self.speaking_at, now - self.bridge.vad_ms / 1000)
@@ -1084,7 +1087,8 @@ class Bridge:  # what the calls of this process share
             log.warning("/twilio/voice is no status callback", extra={"call": sid})
             return twiml()
         if self.draining or len(self.calls.keys() - {sid}) >= self.settings.max_calls:
-            log.warning("a caller is turned away (MAX_CALLS: %d)", self.settings.max_calls)
+            why = "stopping" if self.draining else f"MAX_CALLS: {self.settings.max_calls}"
+            log.warning("a caller is turned away (%s)", why)
             return say(RESTARTING if self.draining else BUSY)
         if not goes_on and not call:
             self.past.pop(sid, None)  # an earlier call's history and notes do not reach this one
@@ -1333,7 +1337,9 @@ async def run(settings: Settings, hooks: Hooks) -> None:
     way |= {"create_connection": CONNECTIONS["twilio"], "close_timeout": 1, "max_size": 64 << 10}
     async with serve(bridge.take_stream, settings.host or None, settings.port, **way):
         base = settings.public_base_url or f"http://localhost:{settings.port}"
-        log.info("open %s/, and the webhook is POST %s/twilio/voice", base, base)
+        talk = "/" in hooks.pages and not bridge.validators
+        hint = f"open {base}/ to talk to it; " if talk else ""
+        log.info("%sthe webhook is POST %s/twilio/voice", hint, base)
         if not (bridge.validators and settings.public_base_url):
             log.info("only this computer may call: TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL is not set")
         gc.freeze()  # what the start has made stays, and a call's objects die by their references:
