@@ -123,7 +123,10 @@ HARMLESS = {"response_cancel_not_active", "conversation_already_has_active_respo
 FINAL = {"insufficient_quota", "credit_balance_exhausted", "invalid_api_key"}
 REFUSALS = {*range(300, 500), *range(3000, 5000)} - {408, 425, 429}
 # The form of nearly all of Twilio's media messages, because to match costs less than to parse.
-MEDIA = re.compile(r'{"event":"media"[^{]*{.*?stamp":"(\d{1,9})","payload":"([a-zA-Z0-9+/]+=*)"')
+MEDIA = re.compile(
+    rb'{"event":"media"[^{]*{"track":"inbound","chunk":"\d+","timestamp":"(\d{1,9})",'
+    rb'"payload":"([a-zA-Z0-9+/]+={0,2})"'
+)
 CLOSING = re.compile(  # words that agree or take leave do not call a hang-up off
     "(?i)(?>はい|ええ|うん|いいえ|いえ|それでは|では|じゃあ|どうも|結構です|大丈夫です|ok|yes"
     "|わかりました|承知しました|ありがとう(?>ございま(?>す|した))?|お願い(?>し|いたし)ます"
@@ -167,16 +170,19 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         self.life = asyncio.create_task(self.live())
 
     # ── Twilio's messages: https://www.twilio.com/docs/voice/media-streams/websocket-messages ──
-    def from_twilio(self, text: str) -> None:
-        if (media := MEDIA.match(text)) and len(media[2]) % 4 == 0:
-            self.from_caller(media[2], int(media[1]))
-            return
-        message = json.loads(text)
+    def from_twilio(self, text: bytes) -> None:
+        if media := MEDIA.match(text):
+            timestamp, payload = media.groups()
+            if len(payload) % 4 == 0:
+                return self.from_caller(payload, int(timestamp))
+        message = json.loads(text.decode())
         match message["event"]:
             case "media":
                 payload, at = message["media"]["payload"], str(message["media"]["timestamp"])
                 base64.b64decode(payload, validate=True)
-                self.from_caller(payload, int(at) if re.fullmatch(r"(?a)\d{1,12}", at) else -1)
+                self.from_caller(
+                    payload.encode(), int(at) if re.fullmatch(r"(?a)\d{1,12}", at) else -1
+                )
             case "mark":
                 self.playback.mark_returned(int(message["mark"]["name"]), monotonic())
             case "dtmf" if (key := message["dtmf"]["digit"]) in list("0123456789*#"):
@@ -185,14 +191,16 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 self.end("caller hung up")
         self.go_on()
 
-    def from_caller(self, payload: str, timestamp_ms: float) -> None:  # usually 20 ms of sound
-        now, needed = monotonic(), self.speaking != "" or not self.ready_at
-        payload, gap_ms = self.audio.take(payload, timestamp_ms, needed, now)
+    def from_caller(self, payload: bytes, timestamp_ms: float) -> None:  # usually 20 ms of sound
+        now = monotonic()
+        payload, gap_ms = self.audio.take(payload, timestamp_ms, now)
         if gap_ms:
             self.log.info("%d ms of the caller's audio are missing: filled with silence", gap_ms)
         if self.ready_at:
-            self.openai.put('{"type":"input_audio_buffer.append","audio":"' + payload + '"}')
-        if self.speaking:  # a voice too quiet for our measure counts by OpenAI's, less its silence
+            self.openai.put(b'{"type":"input_audio_buffer.append","audio":"' + payload + b'"}')
+        if self.speaking and (self.ending or self.left_s(now)):  # then each frame is listened to
+            self.audio.listen(last=1, step=1, now=now)
+            # A voice too quiet for our measure counts by OpenAI's, less its silence.
             spoken_ms = (now - self.speaking_at) * 1000 - self.bridge.vad_ms - 200
             enough = max(self.audio.voice_ms, spoken_ms) >= self.bridge.barge_in_ms
             if enough and self.echoes < 3 and self.left_s(now):
@@ -205,8 +213,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     # ── OpenAI's events: https://platform.openai.com/docs/api-reference/realtime ──
     # A turn of the caller's: speech_started, speech_stopped, committed; its words come later. A
     # response: created; words and sound of its items, faster than they are spoken; done.
-    def from_openai(self, text: str) -> None:
-        event, now = json.loads(text), monotonic()
+    def from_openai(self, text: bytes) -> None:
+        event, now = json.loads(text.decode()), monotonic()
         kind, item_id = event["type"], "" + (event.get("item_id") or "")  # raises if no text
         self.asked_at, self.audio.unnoticed = 0.0, False  # OpenAI is alive
         if kind.startswith("response.") and kind != "response.created":
@@ -224,7 +232,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 if self.audio.dropped:
                     self.log.warning("%d ms of audio are lost", self.audio.dropped * 20)
                 for payload in self.audio.kept:
-                    self.to_openai("input_audio_buffer.append", audio=payload)
+                    self.to_openai("input_audio_buffer.append", audio=payload.decode())
                 # OpenAI may find a turn in the audio that is kept, and respond to it by itself.
                 self.quiet_until = now + ASK_AGAIN_S if self.audio.turn else 0.0
                 if not self.stream_sid:
@@ -247,7 +255,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 self.caller_said(self.speaking, "")  # one whose end was lost
                 if not self.speaking:  # OpenAI notices a voice 60 to 300 ms after it has begun
                     self.audio.voice_ms = 0.0
-                    self.audio.listen(last=50, step=1, now=now)
+                    if self.left_s(now):
+                        self.audio.listen(last=50, step=1, now=now)
                 self.speaking, self.speaking_at, self.turns[item_id] = item_id, now, math.inf
                 self.emit("caller_started_speaking", item=item_id)
                 if not self.left_s(now) or (self.bridge.barge_in_ms == 0 and self.echoes < 3):
@@ -294,7 +303,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def to_twilio(self, item: Item, payload: str, size: int, now: float) -> None:
         mark, sid = self.playback.add(item, size, now), f'"streamSid":"{self.stream_sid}"'
         media = f'{{"event":"media",{sid},"media":{{"payload":"{payload}"}}}}'
-        self.twilio.put(media, f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}')
+        mark = f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}'
+        self.twilio.put(media.encode(), mark.encode())
 
     # ── Turns and barge-in ──
     # A caller who speaks over the model interrupts it after BARGE_IN_MS of voice. 「はい」 or a
@@ -315,7 +325,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 self.to_openai("response.cancel", response_id=self.active)
         self.notices.clear()
         if self.playback.marks:
-            self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}')
+            self.twilio.put(f'{{"event":"clear","streamSid":"{self.stream_sid}"}}'.encode())
         cut = [item for item in self.playback.cut(now) if item.id]
         for item in cut:
             self.truncate(item)
@@ -498,7 +508,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def to_openai(self, kind: str, **content: Any) -> None:
         if self.ready_at or kind == "session.update":
             text = json.dumps({"type": kind, **content}, ensure_ascii=False)
-            self.openai.put(text.encode(errors="replace").decode())  # half an emoji has no UTF-8
+            self.openai.put(text.encode(errors="replace"))  # half an emoji has no UTF-8
 
     def add_text(self, item: Item) -> None:
         if text := item.heard_text:
@@ -585,7 +595,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if now - self.began_at > self.bridge.settings.max_call_seconds:
             self.end_when_heard("time limit", say(TIME_IS_UP), final=True)
         if self.speaking and (gap_s := now - audio.frame_at) > STALL_S:
-            self.from_caller("", audio.position_ms + gap_s * 1000)  # silence
+            self.from_caller(b"", audio.position_ms + gap_s * 1000)  # silence
         words_s = 10 if self.bridge.transcriber else 0  # the longest wait for a turn's words
         for item_id in [key for key, at in self.turns.items() if now - at > words_s]:
             self.caller_said(item_id, "")
@@ -593,8 +603,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             del self.history[next(iter(self.history))]
         # A deaf session sends no event, not even speech_started. So after a loud voice, 2 s of
         # quiet and no event, the bridge sends what every live session responds to.
-        if not self.speaking:
+        if not self.speaking or not (self.ending or self.left_s(now)):
             audio.listen(last=10, step=5, now=now)
+        audio.trim(needed=self.speaking != "" or not self.ready_at)
         quiet_s = now - audio.voice_at
         if self.ready_at and audio.unnoticed and quiet_s > 2 and not self.asked_at:
             self.asked_at = now
@@ -756,29 +767,29 @@ LOUDNESS = bytes(127 - (byte & 127) for byte in range(256))  # of each mu-law by
 class CallerAudio:  # the caller's audio on its way to the model; no I/O
     def __init__(self) -> None:
         self.position_ms, self.frame_at = -1.0, 0.0  # taken so far (-1: none); when a frame came
-        self.kept: list[str] = []  # payloads, base64 as they came, usually 20 ms each
+        self.kept: list[bytes] = []  # payloads, base64 as they came, usually 20 ms each
         self.turn = self.dropped = 0  # how many are of turns that ended; were too many
         self.voice_ms = self.pause_ms = 0.0  # of voice up to now; since the last of it
         self.noise, self.voice_at = 127.0, -math.inf  # loudness; when the last louder frame came
         self.unnoticed = False  # … and OpenAI has sent no event since
 
-    def take(self, payload: str, timestamp_ms: float, needed: bool, now: float) -> tuple[str, int]:
-        """Returns what to append, and the ms of it that fill a gap. `needed`: it is kept longer."""
-        size, gap_ms, self.frame_at = len(payload) * 3 // 4 - payload.count("=", -2), 0, now
+    def take(self, payload: bytes, timestamp_ms: float, now: float) -> tuple[bytes, int]:
+        """Returns what to append, and the ms of it that fill a gap."""
+        size, gap_ms, self.frame_at = len(payload) * 3 // 4 - payload.count(b"=", -2), 0, now
         if self.position_ms < 0:
             self.position_ms = timestamp_ms
         if timestamp_ms - self.position_ms >= 40:  # less is jitter
             gap_ms = round(min(timestamp_ms - self.position_ms, 30_000))  # more than ends any turn
             mulaw = b"\xff" * (gap_ms * 8) + base64.b64decode(payload)
-            payload, self.position_ms = base64.b64encode(mulaw).decode(), timestamp_ms
+            payload, self.position_ms = base64.b64encode(mulaw), timestamp_ms
         self.position_ms += size / 8
         self.kept.append(payload)
-        if needed:  # then it is also listened to closely
-            self.listen(last=1, step=1, now=now)
+        return payload, gap_ms
+
+    def trim(self, needed: bool) -> None:
         if (over := len(self.kept) - (3000 if needed or self.turn else 50)) > 0:  # 60 s, 1 s
             del self.kept[:over]
             self.turn, self.dropped = max(0, self.turn - over), self.dropped + over * needed
-        return payload, gap_ms
 
     def listen(self, last: int, step: int, now: float) -> None:  # to every `step`th of them
         for payload in self.kept[-last::step]:
@@ -823,6 +834,8 @@ class Worker(threading.Thread):  # one for each hook file, one for the log; jobs
         for work, given in iter(self.waiting.get, None):
             with contextlib.suppress(Exception):  # what comes next is done all the same
                 work(*given)
+            if self.waiting.empty():
+                time.sleep(0.05)  # to be woken for each event would cost a tenth of all CPU
 
 
 class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit stops the start
@@ -1132,7 +1145,7 @@ class Bridge:  # what the calls of this process share
             call.end("caller hung up" if twilio.close_code in (1000, 1001, 1005) else "twilio lost")
             await asyncio.wait([call.life])
 
-    def first_message(self, twilio: Any, text: str) -> None:  # if it raises, the stream closes
+    def first_message(self, twilio: Any, text: bytes) -> None:  # if it raises, the stream closes
         if (message := json.loads(text))["event"] != "start":  # it is `connected`
             return
         start, given = message["start"], message["start"]["customParameters"]
@@ -1180,12 +1193,12 @@ class Wire(Connection):
     async def read(self) -> None:
         self.data_received(b"")  # hands on what waited for `handle`
         with contextlib.suppress(ConnectionClosed):
-            async for message in self:
-                self.attempt(message)
+            while True:
+                self.attempt(await self.recv(decode=False))
 
-    def attempt(self, message: str | bytes) -> None:
+    def attempt(self, message: bytes) -> None:
         try:
-            self.handle(message if isinstance(message, str) else message.decode())
+            self.handle(message)
         except Exception as exc:  # the message is wrong, or our code: the call goes on
             self.unreadable += 1
             about = type(self).__name__, self.unreadable, type(exc).__name__, str(exc)
@@ -1199,9 +1212,9 @@ class Wire(Connection):
         self.handle = str  # what still comes means nothing
         self.closing = asyncio.create_task(self.close(code))
 
-    def put(self, *texts: str) -> None:
+    def put(self, *texts: bytes) -> None:
         for text in texts:
-            broadcast([self], text)  # writes at once; does nothing on a closed connection
+            broadcast([self], text.decode())  # writes at once; does nothing on a closed connection
 
 
 class OpenAIConnection(Wire, ClientConnection):
@@ -1427,10 +1440,10 @@ class FastWire(Wire):
             at = stop
         self.kept = data[at:]
 
-    def put(self, *texts: str) -> None:
+    def put(self, *texts: bytes) -> None:
         frames, is_open = b"", self.protocol.state is self.OPEN
         for text in texts:
-            data = text.encode().ljust(126)  # JSON may end in spaces: so each length has two bytes
+            data = text.ljust(126)  # JSON may end in spaces: so each length has two bytes
             if (size := len(data)) > 0xFFFF or not is_open:
                 return super().put(*texts)
             frames += self.head + size.to_bytes(2)
