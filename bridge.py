@@ -301,9 +301,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 self.emit("model_audio", mulaw=mulaw)
 
     def to_twilio(self, item: Item, payload: str, size: int, now: float) -> None:
-        mark, sid = self.playback.add(item, size, now), f'"streamSid":"{self.stream_sid}"'
+        name, sid = self.playback.add(item, size, now), f'"streamSid":"{self.stream_sid}"'
         media = f'{{"event":"media",{sid},"media":{{"payload":"{payload}"}}}}'
-        mark = f'{{"event":"mark",{sid},"mark":{{"name":"{mark}"}}}}'
+        mark = f'{{"event":"mark",{sid},"mark":{{"name":"{name}"}}}}'
         self.twilio.put(media.encode(), mark.encode())
 
     # ── Turns and barge-in ──
