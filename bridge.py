@@ -41,12 +41,13 @@ import ssl
 import sys
 import threading
 import time
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
 from http import HTTPStatus
+from logging.handlers import QueueHandler, QueueListener
 from pathlib import Path
 from time import monotonic  # every `now` and `…_at` is in its seconds
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -551,7 +552,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         # Without callerId Twilio shows the caller's own number, which not every caller has.
         shown = "" if E164.fullmatch(self.caller) else f" callerId={quoteattr(self.called)}"
         action = f'action={quoteattr(self.next_url)} method="POST" timeout="20"{shown}'
-        dial = twiml(f"<Dial {action}>{number}</Dial>")
+        dial = f"<Response><Dial {action}>{number}</Dial></Response>"
         self.soon(lambda: self.end_when_heard("transferred", dial, final=True))
 
     def soon(self, act: Callable[[], object]) -> None:
@@ -822,27 +823,14 @@ key_pressed(key) caller_audio(mulaw) model_audio(mulaw)"""
 EVENTS = dict(re.findall(r"(\w+)\((.*?)\)", SIGNATURES))  # name -> its arguments, by spaces
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 MAX_WAITING, TOOL_S, MAX_RESULT = 1000, 20.0, 16_000  # events or log lines; s; characters
-
-
-class Worker(threading.Thread):  # one for each hook file, one for the log; jobs in order
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.waiting = queue.SimpleQueue[Any]()  # (function, arguments), or None: the end
-        self.start()
-
-    def run(self) -> None:
-        for work, given in iter(self.waiting.get, None):
-            with contextlib.suppress(Exception):  # what comes next is done all the same
-                work(*given)
-            if self.waiting.empty():
-                time.sleep(0.05)  # to be woken for each event would cost a tenth of all CPU
+POOL = ThreadPoolExecutor(256, "tool")  # for plain functions that may block
 
 
 class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit stops the start
     def __init__(self, folder: Path, names: str | None) -> None:
         self.handling: dict[str, list[Any]] = {event: [] for event in EVENTS}
         self.functions, self.pages, self.files = Object(), Object(), Object()
-        self.dropped, self.pool = 0, ThreadPoolExecutor(256, "tool")
+        self.dropped = 0
         there = sorted(path.stem for path in folder.glob("[!_]*.py"))  # log shapes what others log
         chosen = sorted(there, key="log".__ne__) if names is None else re.findall(r"[^\s,]+", names)
         if missing := set(chosen) - set(there):
@@ -862,7 +850,8 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
         tools = {tool.__name__: (tool, tool_schema(tool)) for tool in getattr(module, "TOOLS", [])}
         self.pages |= getattr(module, "PAGES", {})
         self.functions |= tools
-        worker = self.files[name] = Worker()
+        events = self.files[name] = queue.SimpleQueue[Any]()  # (event, job, call, loop)
+        threading.Thread(target=self.handle, args=[name, events], daemon=True).start()
         for event, function in inspect.getmembers(module, inspect.isfunction):
             # A name close to an event's is that event, or a misspelling of it.
             if event[0] != "_" and (near := difflib.get_close_matches(event, EVENTS, 1, 0.75)):
@@ -872,44 +861,38 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
                     right = difflib.get_close_matches(odd[0], known, 1, 0)[0]
                     log.error("%s: %s: write %s for %s", path, event, right, odd[0])
                 else:
-                    self.handling[event].append((worker, function, names))
+                    self.handling[event].append((events, function, names))
 
     def emit(self, event: str, call: Any, at: float, facts: Object) -> None:
         known = {"call": call, "at": at, "event": event, "facts": facts, **facts}
         more = [] if event.endswith("_audio") else self.handling["any_event"]
-        for worker, function, names in self.handling[event] + more:
-            if worker.waiting.qsize() < MAX_WAITING or event == "call_ended":
+        for events, function, names in self.handling[event] + more:
+            if events.qsize() < MAX_WAITING or event == "call_ended":
                 job = functools.partial(function, **{name: known[name] for name in names})
-                worker.waiting.put((self.handle, (event, job, call, asyncio.get_running_loop())))
+                events.put((event, job, call, asyncio.get_running_loop()))
                 continue
             self.dropped += 1
             if self.dropped.bit_count() == 1:  # the 1st, 2nd, 4th, 8th …
                 log.error("%s is slow: %d events were dropped", function.__module__, self.dropped)
 
-    def handle(self, event: str, job: Any, call: Any, loop: Any) -> None:  # in the file's thread
-        try:
-            if inspect.iscoroutinefunction(job):
-                asyncio.run_coroutine_threadsafe(self.in_thread(job), loop).result()
-            else:
-                job()
-        except BaseException:
-            log.exception("%s.%s failed", job.func.__module__, event, extra={"call": call.sid})
+    def handle(self, name: str, events: Any) -> None:  # one at a time, in the file's own thread
+        for event, job, call, loop in iter(events.get, None):
+            try:
+                if inspect.iscoroutinefunction(job):
+                    asyncio.run_coroutine_threadsafe(outcome(job), loop).result()
+                else:
+                    job()
+            except BaseException:
+                log.exception("%s: %s failed", name, event, extra={"call": call.sid})
+            if events.empty():
+                time.sleep(0.05)  # to be woken for each event would cost 3 % of all CPU
 
     def close(self, limit_s: float) -> None:  # waits for events that are still to be handled
-        until = monotonic() + limit_s
-        for worker in self.files.values():
-            worker.waiting.put(None)
-            worker.join(max(0.0, until - monotonic()))
-
-    async def in_thread(self, work: Callable[..., Any], *given: Any) -> Any:
-        """What a function of others returns: a plain one in a thread, an async one on the loop."""
-        try:
-            if inspect.iscoroutinefunction(work):
-                return await work(*given)
-            made = (work(*all) for all in [given])  # no future carries a StopIteration; this does
-            return (await asyncio.get_running_loop().run_in_executor(self.pool, list, made))[0]
-        except BaseException as exc:  # a SystemExit would end the loop, and with it all calls
-            raise RuntimeError(repr(exc)) from exc
+        until, handled = monotonic() + limit_s, threading.Semaphore(0)
+        for events in self.files.values():
+            events.put(("close", handled.release, None, None))
+        for _ in self.files:
+            handled.acquire(timeout=max(0.0, until - monotonic()))
 
     async def run_tool(self, call: Any, name: str, arguments: str) -> str | None:
         """What a tool returns, as text; None: no response is wanted. A failure is told in words."""
@@ -918,7 +901,7 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
             given = {key: value for key, value in made.items() if value is not None}
             if "call" in inspect.signature(tool).parameters:
                 given["call"] = call
-            task = asyncio.ensure_future(self.in_thread(functools.partial(tool, **given)))
+            task = asyncio.ensure_future(outcome(functools.partial(tool, **given)))
             task.add_done_callback(asyncio.Task.exception)  # nobody else may ask for it
             await asyncio.wait([task], timeout=TOOL_S)
             if task.cancel() or task.cancelled():  # not done, and not waited for; or by itself
@@ -929,6 +912,17 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
             log.error("tool %s: %s", name, exc, exc_info=exc.__cause__, extra={"call": call.sid})
             out = text = f"Error: {exc}"
         return None if out is None else text[:MAX_RESULT]
+
+
+async def outcome(work: Callable[[], Any]) -> Any:
+    """What a function of others returns: a plain one in a thread, an async one on the loop."""
+    try:
+        if inspect.iscoroutinefunction(work):
+            return await work()
+        made = (work() for _ in [1])  # no future carries a StopIteration; this does
+        return (await asyncio.get_running_loop().run_in_executor(POOL, list, made))[0]
+    except BaseException as exc:  # a SystemExit would end the loop, and with it all calls
+        raise RuntimeError(repr(exc)) from exc
 
 
 def json_schema(hint: Any) -> Object:
@@ -967,14 +961,12 @@ E164 = re.compile(r"\+[1-9]\d{6,14}", re.ASCII)
 LOOPBACK = re.compile(r"(?i)\[?((.*\.)?localhost|(::ffff:)?127(\.\d+){3}|::1)\]?(:\d*)?")
 FORWARDED = re.compile("(x-(forwarded|original|envoy|amzn?)|cf|cdn|ngrok)-.*|forwarded|via|.*-ip")
 HANG_UP = "<Response><Hangup/></Response>"
-
-
-def twiml(*verbs: str) -> str:
-    return f"<Response>{''.join(verbs)}</Response>"
+# A call that has ended. No TwiML: it is not the bridge that ended it. dialled: how its <Dial> did.
+Past = namedtuple("Past", "twiml history notes reconnects dialled", defaults=[""])
 
 
 def say(text: str) -> str:
-    return twiml(f'<Say language="ja-JP">{escape(text)}</Say><Hangup/>')
+    return f'<Response><Say language="ja-JP">{escape(text)}</Say><Hangup/></Response>'
 
 
 def reply(status: int, content: Any = "", kind: str = "text/plain", **more: str) -> Response:
@@ -984,13 +976,6 @@ def reply(status: int, content: Any = "", kind: str = "text/plain", **more: str)
     more |= {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
     more |= {"Date": formatdate(usegmt=True), "Connection": "close"}
     return Response(status, HTTPStatus(status).phrase, Headers(more), body)
-
-
-class Past:  # a call that has ended; twiml "": it is not the bridge that ended it
-    def __init__(self, twiml: str, history: Any, notes: Any, reconnects: int, dialled: str = ""):
-        self.twiml, self.history, self.notes = twiml, history, notes
-        self.reconnects, self.dialled = reconnects, dialled  # how its <Dial> ended
-        self.ended_at = monotonic()
 
 
 class Bridge:  # what the calls of this process share
@@ -1007,9 +992,10 @@ class Bridge:  # what the calls of this process share
         self.vad_ms: float = vad.get("silence_duration_ms", 4000.0)  # semantic VAD may wait so long
         self.calls, self.past = dict[str, Call](), dict[str, Past]()  # by CallSid
         self.seen = deque[str](maxlen=10_000)  # tokens, and signatures of webhooks
-        self.draining, tokens = False, re.findall(r"[^\s,]+", settings.twilio_auth_token)
+        self.draining, self.next_by = False, 0.0  # until when Twilio may ask /twilio/next
+        tokens = re.findall(r"[^\s,]+", settings.twilio_auth_token)
         self.validators = [RequestValidator(token) for token in tokens]
-        self.secret = (tokens[0] if tokens else secrets.token_hex()).encode()  # every machine's
+        self.secret = (tokens or [secrets.token_hex()])[0].encode()  # the same on every machine
 
     def connect(self) -> Any:
         key = self.settings.openai_api_key
@@ -1046,7 +1032,7 @@ class Bridge:  # what the calls of this process share
         if page:  # a hook's: a file, or what a function of the query returns (text is HTML)
             work, kind = getattr(page, "read_bytes", page), mimetypes.guess_type(str(page))[0]
             given = [dict(parse_qsl(query))][: len(inspect.signature(work).parameters)]
-            made = await self.hooks.in_thread(work, *given)
+            made = await outcome(functools.partial(work, *given))
             return reply(200, made, kind or "text/html; charset=utf-8")
         if path == "/twilio/stream":
             return None
@@ -1057,11 +1043,11 @@ class Bridge:  # what the calls of this process share
     def verified(self, twilio: Any, target: str) -> dict[str, str]:  # the form; raises why not
         get, base = twilio.request.headers.get, urlsplit(self.address(twilio.request))
         host, origin, signature = get("Host", ""), get("Origin"), get("X-Twilio-Signature", "")
-        strange = [it for it in (twilio.peer, host) if not LOOPBACK.fullmatch(it)]
-        strange += filter(FORWARDED.fullmatch, twilio.request.headers)
         # A browser on this computer may be sent here by a page of another site.
         if get("Sec-Fetch-Site") == "cross-site" or (origin or host).split("://")[-1] != host:
             raise ValueError(f"a page of another site sent it ({str(origin)[:99]})")
+        strange = [it for it in (twilio.peer, host) if not LOOPBACK.fullmatch(it)]
+        strange += filter(FORWARDED.fullmatch, twilio.request.headers)
         if strange and not (self.validators and self.settings.public_base_url):
             raise ValueError(f"set TWILIO_AUTH_TOKEN and PUBLIC_BASE_URL (seen: {strange[0][:99]})")
         pairs = twilio.form or target.partition("?")[2]
@@ -1086,19 +1072,18 @@ class Bridge:  # what the calls of this process share
         signature = request.headers.get("X-Twilio-Signature") or secrets.token_hex()
         call, is_over = self.calls.get(sid), dialled == "completed" or status != "in-progress"
         # The stream or a <Dial> has ended, or Twilio sends the webhook of an ended call again.
-        goes_on = path == "/twilio/next" or (not call and signature in self.seen)
-        if goes_on:
+        if goes_on := path == "/twilio/next" or (not call and signature in self.seen):
             if call and monotonic() - call.audio.frame_at > 1:  # s; its sound has stopped
                 call.end("twilio lost")
             past = self.past.get(sid) or Past("", {}, {}, 0)  # or this process was restarted
             if past.twiml and not (dialled and "<Dial" in past.twiml):  # else that <Dial> has ended
-                return past.twiml
+                return str(past.twiml)
             if is_over or past.reconnects >= MAX_RECONNECTS:
                 return HANG_UP if is_over else say(APOLOGY)
             self.ended(sid, Past("", past.history, past.notes, past.reconnects + 1, dialled))
         elif status in ("completed", "busy", "failed", "no-answer", "canceled"):
             log.warning("/twilio/voice is no status callback", extra={"call": sid})
-            return twiml()
+            return "<Response/>"
         if self.draining or len(self.calls.keys() - {sid}) >= self.settings.max_calls:
             why = "stopping" if self.draining else f"MAX_CALLS: {self.settings.max_calls}"
             log.warning("a caller is turned away (%s)", why)
@@ -1108,27 +1093,28 @@ class Bridge:  # what the calls of this process share
             self.begin(form, request)
         self.seen.append(signature)
         url = quoteattr(self.address(request, "stream").replace("https", "wss", 1))
-        redirect = f'<Redirect method="POST">{escape(self.address(request, "next"))}</Redirect>'
         # Twilio drops the query of the stream's URL, but brings these back with `start`.
         given = {"token": self.token(sid), "From": form["From"], "To": form["To"]}
-        inside = [f'<Parameter name="{name}" value={quoteattr(given[name])}/>' for name in given]
-        return twiml(f"<Connect><Stream url={url}>", *inside, "</Stream></Connect>", redirect)
+        each = [f'<Parameter name="{name}" value={quoteattr(given[name])}/>' for name in given]
+        then = f'<Redirect method="POST">{escape(self.address(request, "next"))}</Redirect>'
+        stream = f"<Stream url={url}>{''.join(each)}</Stream>"
+        return f"<Response><Connect>{stream}</Connect>{then}</Response>"
 
     def begin(self, form: Mapping[str, str], request: Request) -> Call:  # connects the model now
         sid, next_url = form["CallSid"], self.address(request, "next")
         call = self.calls[sid] = Call(self, sid, form["From"], form["To"], next_url)
         opening = self.settings.greeting and GREET + self.settings.greeting
         if past := self.past.pop(sid, None):  # the caller is back
-            call.history, call.reconnects = past.history, past.reconnects
-            call.notes = dict(past.notes or {})
-            back = LINE_IS_BACK + (GO_ON if past.history else SAY_AGAIN)
-            opening = NOT_REACHED.format(past.dialled) if past.dialled else back
+            _, call.history, notes, call.reconnects, dialled = past
+            call.notes = dict(notes or {})
+            back = LINE_IS_BACK + (GO_ON if call.history else SAY_AGAIN)
+            opening = NOT_REACHED.format(dialled) if dialled else back
         if opening:
             call.owe({"instructions": f"{self.settings.instructions}\n\n{opening}"})
         return call
 
     def ended(self, sid: str, past: Past) -> None:
-        self.past[sid] = past
+        self.past[sid], self.next_by = past, monotonic() + NEXT_S
         if len(self.past) > 500:
             del self.past[next(iter(self.past))]
 
@@ -1149,10 +1135,9 @@ class Bridge:  # what the calls of this process share
         if (message := json.loads(text))["event"] != "start":  # it is `connected`
             return
         start, given = message["start"], message["start"]["customParameters"]
-        sid, stream_sid, token = start["callSid"], start["streamSid"], given["token"]
-        well_formed = CALL_SID.fullmatch(sid) and STREAM_SID.fullmatch(stream_sid)
+        sid, stream, token = start["callSid"], start["streamSid"], given["token"]
         about, call = token.rpartition(".")[0], self.calls.get(sid)  # about: "expiry.nonce"
-        real = well_formed and hmac.compare_digest(self.token(sid, about).encode(), token.encode())
+        real = STREAM_SID.fullmatch(stream) and hmac.compare_digest(self.token(sid, about), token)
         if not real or token in self.seen or int(about.partition(".")[0]) < time.time():
             raise ValueError("a stream without a valid token of its call")
         self.seen.append(token)
@@ -1161,7 +1146,7 @@ class Bridge:  # what the calls of this process share
             raise ValueError("a second stream of a call, or a new one while the bridge stops")
         twilio.call = call = call or self.begin(FORM | given | {"CallSid": sid}, twilio.request)
         twilio.most_unreadable = MAX_UNREADABLE
-        call.open_stream(twilio, stream_sid)
+        call.open_stream(twilio, stream)
 
 
 # ── Connections ──
@@ -1240,18 +1225,16 @@ class TwilioConnection(Wire, ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if timer := self.silent.pop(self, None):
-            timer.cancel()
+            timer.cancel()  # it would keep all of this in memory
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self not in self.silent:  # nobody may say more before our response
             return None if self.state is State.CONNECTING else super().data_received(data)
         self.unread += data
-        if len(self.unread) < self.needed:  # the head was read, and its body is still to come
-            return None
         head, blank, body = self.unread.partition(b"\r\n\r\n")
-        if not blank and len(head) <= MAX_HEAD:
-            return None
+        if len(self.unread) < self.needed or not (blank or len(head) > MAX_HEAD):
+            return None  # more is to come
         size = int(found[0][:9]) if (found := LENGTH.findall(head)) else 0
         plain, probe, lower = LENGTH.sub(b"", head) + blank, ServerProtocol(), head.lower()
         probe.receive_data(plain)  # would it drop it? It does when a length is no number
@@ -1314,30 +1297,25 @@ def read_settings(env: Mapping[str, str]) -> Settings:  # ValueError: the variab
     return settings
 
 
-class LogWriter(logging.Handler):  # in a thread: no call waits for who reads standard error
-    def __init__(self) -> None:
-        super().__init__()
-        self.worker, self.dropped = Worker(), 0
+class LogQueue(QueueHandler):  # to a thread, because no call may wait for who reads the log
+    dropped = 0
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.worker.waiting.qsize() < MAX_WAITING:
-            self.worker.waiting.put((self.write, [self.format(record)]))
-        else:
+    def enqueue(self, record: logging.LogRecord) -> None:
+        if self.queue.full():
             self.dropped += 1
-
-    def write(self, line: str) -> None:
-        os.write(2, f"{line}\n".encode(errors="backslashreplace"))
-        if self.dropped and self.worker.waiting.empty():
-            log.warning("%d log lines were dropped: nobody read them", self.dropped)
+        elif lost := self.dropped:
             self.dropped = 0
+            log.warning("%d log lines were dropped: nobody read them", lost)
+            self.enqueue(record)
+        else:
+            self.queue.put(record)
 
 
 async def run(settings: Settings, hooks: Hooks) -> None:
     if settings.openai_realtime_url == Settings.openai_realtime_url and not settings.openai_api_key:
-        offline: Any = getattr(sys.modules.get("_hook_offline"), "OFFLINE_MODEL", None)
-        if not offline:
+        if "offline" not in hooks.files:
             raise ValueError("OPENAI_API_KEY is not set: give one, or copy the hooks folder too")
-        url = await offline()
+        url = await sys.modules["_hook_offline"].OFFLINE_MODEL()
         settings = replace(settings, openai_realtime_url=url, openai_realtime_model="offline-model")
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         limits: Any = importlib.import_module("resource")
@@ -1348,39 +1326,39 @@ async def run(settings: Settings, hooks: Hooks) -> None:
         signal.signal(number, lambda *_: os._exit(1) if stops[1:] else stops.append(monotonic()))
     way: Object = {"process_request": bridge.process_request, "compression": None}
     way |= {"create_connection": CONNECTIONS["twilio"], "close_timeout": 1, "max_size": 64 << 10}
-    async with serve(bridge.take_stream, settings.host or None, settings.port, **way):
-        base = settings.public_base_url or f"http://localhost:{settings.port}"
-        talk = "/" in hooks.pages and not bridge.validators
-        hint = f"open {base}/ to talk to it; " if talk else ""
-        log.info("%sthe webhook is POST %s/twilio/voice", hint, base)
-        if not (bridge.validators and settings.public_base_url):
-            log.info("only this computer may call: TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL is not set")
-        gc.freeze()  # what the start has made stays, and a call's objects die by their references:
-        gc.set_threshold(20_000, 20, 20)  # looking for cycles less often saves a tenth of the CPU
-        while not stops:  # noqa: ASYNC110 - a signal's handler wakes no loop
-            await asyncio.sleep(0.1)
-        log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
-        bridge.draining, goodbye_at, waits = True, stops[0] + settings.drain_seconds, True
-        while waits:
-            now, end_at = monotonic(), min([goodbye_at + DRAIN_GOODBYE_S, *stops[1:]])
-            for call in list(bridge.calls.values()):
-                if not call.stream_sid or now >= end_at:
-                    call.end("shutdown", say(RESTARTING))
-                elif now >= goodbye_at:
-                    call.end_when_heard("shutdown", say(RESTARTING), final=True)
-            await asyncio.sleep(0.05)
-            asks = any(past.twiml and now - past.ended_at < NEXT_S for past in bridge.past.values())
-            waits = now < end_at + STOP_S and (bool(bridge.calls) or (asks and not stops[1:]))
-        for idle in list(TwilioConnection.silent):  # `serve` would wait for their requests
-            idle.hand_on(503)
-    await asyncio.to_thread(hooks.close, 6.0 if len(stops) < 2 else 0.5)
+    server = await serve(bridge.take_stream, settings.host or None, settings.port, **way)
+    base = settings.public_base_url or f"http://localhost:{settings.port}"
+    hint = f"open {base}/ to talk to it; " if "/" in hooks.pages and not bridge.validators else ""
+    log.info("%sthe webhook is POST %s/twilio/voice", hint, base)
+    if not (bridge.validators and settings.public_base_url):
+        log.info("only this computer may call: TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL is not set")
+    gc.freeze()  # what the start has made stays, and a call's objects die by their references:
+    gc.set_threshold(20_000, 20, 20)  # looking for cycles less often saves a tenth of the CPU
+    while not stops:  # noqa: ASYNC110 - a signal's handler wakes no loop
+        await asyncio.sleep(0.1)
+    log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
+    bridge.draining, goodbye_at, now = True, stops[0] + settings.drain_seconds, stops[0]
+    end_at = goodbye_at + DRAIN_GOODBYE_S
+    # Twilio asks /twilio/next about a call that has ended just now. A second signal does not wait.
+    while now < end_at + STOP_S and (bridge.calls or (now < bridge.next_by and not stops[1:])):
+        now, end_at = monotonic(), min([end_at, *stops[1:]])
+        for call in list(bridge.calls.values()):
+            if not call.stream_sid or now >= end_at:
+                call.end("shutdown", say(RESTARTING))
+            elif now >= goodbye_at:
+                call.end_when_heard("shutdown", say(RESTARTING), final=True)
+        await asyncio.sleep(0.05)
+    server.close()  # without waiting for connections on which no request has come
+    await asyncio.to_thread(hooks.close, 0.5 if stops[1:] else 6.0)
 
 
 def main() -> int:
-    writer, here, status = LogWriter(), Path(__file__).parent, 0
+    here, status, lines = Path(__file__).parent, 0, queue.Queue[Any](MAX_WAITING)
+    handler = LogQueue(lines)
     text = "%(asctime)s %(levelname)s %(name)s %(call)s %(message)s"
-    writer.setFormatter(logging.Formatter(text, defaults={"call": "-"}))
-    logging.basicConfig(level=logging.INFO, handlers=[writer])
+    handler.setFormatter(logging.Formatter(text, defaults={"call": "-"}))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    QueueListener(lines, logging.StreamHandler()).start()
     logging.getLogger("websockets").setLevel(logging.ERROR)
     line = r"""(?m)^ *(?:export +)?(\w+) *= *(?:"([^"\n]*)"|'([^'\n]*)'|(.*?)) *(?:(?<= )#.*)?$"""
     try:
@@ -1393,8 +1371,8 @@ def main() -> int:
     except (OSError, ValueError, SystemExit) as exc:
         status, why = (1, "cannot start (is PORT free?): ") if isinstance(exc, OSError) else (2, "")
         log.error("%s%s", why, exc)
-    writer.worker.waiting.put(None)
-    writer.worker.join(1)  # what nobody reads is left
+    threading.Timer(1, os._exit, [status]).start()  # s; what nobody reads is left
+    lines.join()
     return status
 
 

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 from conftest import Event, LoadHook, PretendCall, refused
 
-import bridge
-
 Logged = Callable[..., Any]
 
 
@@ -215,20 +213,3 @@ async def test_numbers_in_full(logged: Logged) -> None:
 @pytest.mark.parametrize("setting", [{"LOG_FORMAT": "xml"}, {"LOG_NUMBERS": "yes"}])
 def test_wrong_setting(hook: LoadHook, setting: dict[str, str]) -> None:
     refused(hook, "log", **setting)
-
-
-def test_log_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full for a while costs the lines of that while, and no more."""
-    writer, written = bridge.LogWriter(), list[bytes]()
-
-    def write(_: int, line: bytes) -> None:
-        if line == b"1\n":
-            raise OSError(28, "No space left on device")
-        written.append(line)
-
-    monkeypatch.setattr(bridge.os, "write", write)
-    for line in ("1", "2"):
-        writer.emit(logging.makeLogRecord({"msg": line}))
-    writer.worker.waiting.put(None)
-    writer.worker.join(3)
-    assert written == [b"2\n"]
