@@ -160,7 +160,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         # The sound of a response created since `owed_at` clears it; so do tool calls.
         self.owed: Object | None = None
         self.owed_at = self.quiet_until = 0.0  # since when it is owed; no request is sent sooner
-        self.asked_at = 0.0  # when the oldest request without an event since was sent; 0: none
+        # When the oldest request without an event since was sent (0: none), and that last event.
+        self.asked_at = self.event_at = 0.0
         self.attempts = self.tool_rounds = 0  # requests, rounds of tools without a sound
         self.tools: asyncio.Future[Any] | None = None  # all `uses` that the model waits for
         self.uses: list[asyncio.Future[bool]] = []
@@ -217,7 +218,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
     def from_openai(self, text: bytes) -> None:
         event, now = json.loads(text.decode()), monotonic()
         kind, item_id = event["type"], "" + (event.get("item_id") or "")  # raises if no text
-        self.asked_at, self.audio.unnoticed = 0.0, False  # OpenAI is alive
+        self.asked_at, self.event_at = 0.0, now  # OpenAI is alive
         if kind.startswith("response.") and kind != "response.created":
             if (event.get("response_id") or event["response"]["id"]) != self.active:
                 return  # that response is over
@@ -602,16 +603,15 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
             self.caller_said(item_id, "")
         while len(self.history) > 200:
             del self.history[next(iter(self.history))]
-        # A deaf session sends no event, not even speech_started. So after a loud voice, 2 s of
-        # quiet and no event, the bridge sends what every live session responds to.
+        audio.trim(needed=self.speaking != "" or not self.ready_at)
         if not self.speaking or not (self.ending or self.left_s(now)):
             audio.listen(last=10, step=5, now=now)
-        audio.trim(needed=self.speaking != "" or not self.ready_at)
-        quiet_s = now - audio.voice_at
-        if self.ready_at and audio.unnoticed and quiet_s > 2 and not self.asked_at:
+        # A deaf session sends no event, not even speech_started. So after a loud voice, 2 s of
+        # quiet and no event, the bridge sends what every live session responds to.
+        if self.ready_at and not self.asked_at and self.event_at < audio.voice_at < now - 2:
             self.asked_at = now
             self.to_openai("session.update", session={"type": "realtime"})  # no change
-        if self.speaking and min(quiet_s, now - self.speaking_at) > 9:  # speech_stopped was lost
+        if self.speaking and max(audio.voice_at, self.speaking_at) < now - 9:  # its end was lost
             self.caller_stopped(self.speaking, now)
         self.go_on()
 
@@ -772,7 +772,6 @@ class CallerAudio:  # the caller's audio on its way to the model; no I/O
         self.turn = self.dropped = 0  # how many are of turns that ended; were too many
         self.voice_ms = self.pause_ms = 0.0  # of voice up to now; since the last of it
         self.noise, self.voice_at = 127.0, -math.inf  # loudness; when the last louder frame came
-        self.unnoticed = False  # … and OpenAI has sent no event since
 
     def take(self, payload: bytes, timestamp_ms: float, now: float) -> tuple[bytes, int]:
         """Returns what to append, and the ms of it that fill a gap."""
@@ -804,7 +803,7 @@ class CallerAudio:  # the caller's audio on its way to the model; no I/O
                 self.voice_ms = 0.0
             if louder:
                 self.voice_ms += ms + (self.pause_ms if self.voice_ms else 0.0)
-                self.pause_ms, self.voice_at, self.unnoticed = 0.0, now, True
+                self.pause_ms, self.voice_at = 0.0, now
 
     def forget_turn(self) -> None:  # it is known in words, or answered
         del self.kept[: self.turn]
@@ -1301,12 +1300,11 @@ class LogQueue(QueueHandler):  # to a thread, because no call may wait for who r
     dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
+        if self.dropped and self.queue.empty():
+            lost, self.dropped = self.dropped, 0
+            log.warning("%d log lines were dropped: nobody read them", lost)
         if self.queue.full():
             self.dropped += 1
-        elif lost := self.dropped:
-            self.dropped = 0
-            log.warning("%d log lines were dropped: nobody read them", lost)
-            self.enqueue(record)
         else:
             self.queue.put(record)
 

@@ -580,8 +580,7 @@ def test_gaps(script: str, expected: str, options: Object) -> None:
     for at in script.split():
         payload, gap_ms = audio.take(b64(HUM * 160).encode(), int(at), 0.0)
         gaps.append(gap_ms)
-        assert payload.decode() == b64(SILENCE * 8 * gap_ms + HUM * 160)
-        assert audio.kept[-1] == payload
+        assert payload == audio.kept[-1] == b64(SILENCE * 8 * gap_ms + HUM * 160).encode()
     assert gaps == [int(gap) for gap in expected.split()]
 
 
@@ -628,9 +627,6 @@ def test_voice(script: str, expected: str, options: Object) -> None:
     for step in script.split():
         for _ in range(int(step[1:])):
             audio.take(b64(sound[step[0]]).encode(), audio.position_ms, 0.0)
-            audio.listen(1, 1, 0.0)
-    assert audio.voice_ms == float(expected)
-    audio.voice_ms = audio.pause_ms = 0.0  # what is heard only now, when it matters, is the same
     audio.listen(len(audio.kept), 1, 0.0)
     assert audio.voice_ms == float(expected)
 
@@ -641,7 +637,7 @@ def test_gap_in_a_voice() -> None:
     for at, loud in [(n * 20, n >= 50) for n in range(60)] + [(1500, True), (1520, True)]:
         audio.take(b64((LOUD if loud else SILENCE) * 160).encode(), at, at / 1000)
         audio.listen(1, 1, at / 1000)
-    assert (audio.voice_ms, audio.voice_at, audio.unnoticed) == (20, 1.52, True)
+    assert (audio.voice_ms, audio.voice_at) == (20, 1.52)
 
 
 # ── session.update ──────────────────────────────────────────────────────────────────────────────
@@ -2422,14 +2418,14 @@ async def test_more_signals(signals: int, hook_s: str, within_s: float, tmp_path
 
 async def test_unread_standard_error(tmp_path: Path) -> None:
     """Nobody reads the log: calls go on, what is dropped is counted, and a signal still ends it."""
-    chatty = "import logging\ndef call_ended(reason):\n"
-    chatty += "  for n in range(4000): logging.error('x' * 99)\n"
+    chatty = "import logging\ndef call_ended(_):\n for n in range(4000): logging.error('x' * 99)\n"
     async with a_process(alone(tmp_path, chatty=chatty + "call_ended('')")) as line:
         twilio, session = await line.call()
-        for _ in range(50):
-            await ask(line.port, request("POST", VOICE, form(), Host="else.example"))
         await session.is_heard_by(twilio)
-        await says(line, "log lines")
+        reading = asyncio.create_task(says(line, "log lines"))
+        while not reading.done():
+            await ask(line.port, request("POST", VOICE, form(), Host="else.example"))
+        await reading
         assert int(re.findall(r"(\d+) log lines", line.log)[0]) > 50
         await twilio.hangs_up()
         line.signal(signal.SIGTERM)
