@@ -1165,7 +1165,7 @@ class Wire(Connection):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.max_size = 16 << 10  # of a read: asyncio's 256 KiB cost ten times as much
+        transport.max_size = 16 << 10  # bytes of a read; asyncio's 256 KiB take 1 MB more in all
         transport.set_write_buffer_limits(MAX_UNSENT, 0)
 
     def pause_writing(self) -> None:  # MAX_UNSENT is reached
@@ -1318,7 +1318,7 @@ async def run(settings: Settings, hooks: Hooks) -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         limits: Any = importlib.import_module("resource")
         limits.setrlimit(limits.RLIMIT_NOFILE, limits.getrlimit(limits.RLIMIT_NOFILE)[1:] * 2)
-    asyncio.sslproto.SSLProtocol.max_size = 32 << 10  # bytes that TLS sets aside; was 256 KiB
+    asyncio.sslproto.SSLProtocol.max_size = 8 << 10  # bytes that TLS sets aside; was 256 KiB
     bridge, stops = Bridge(settings, hooks), list[float]()
     for number in (signal.SIGTERM, signal.SIGINT):  # the third ends the process at once
         signal.signal(number, lambda *_: os._exit(1) if stops[1:] else stops.append(monotonic()))
@@ -1378,7 +1378,7 @@ def main() -> int:
 # A `Wire` costs a task's wake-up, a queue and a frame object for each 20 ms of sound. Here whole
 # text messages are cut out of the bytes as they come, and written the same way. websockets gets the
 # rest: handshake, pings, closes; and, because the order must stay, all that comes from the first
-# fragment or message of 64 KiB on. Without this section everything works, but costs a third more.
+# fragment or message of 64 KiB on. Without this section everything works, but costs half more.
 # A frame (RFC 6455, 5.2; the first byte of a whole text is 0x81, a ping's 0x89, a pong's 0x8A):
 #   0x81 │ length, or 126; + 0x80 if masked │ if 126: 2 bytes of length │ if masked: 4 of it │ text
 
