@@ -180,11 +180,10 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         message = json.loads(text.decode())
         match message["event"]:
             case "media":
-                payload, at = message["media"]["payload"], str(message["media"]["timestamp"])
+                sound = message["media"]
+                payload, at = sound["payload"].encode(), str(sound["timestamp"])
                 base64.b64decode(payload, validate=True)
-                self.from_caller(
-                    payload.encode(), int(at) if re.fullmatch(r"(?a)\d{1,12}", at) else -1
-                )
+                self.from_caller(payload, int(at) if re.fullmatch(r"(?a)\d{1,12}", at) else -1)
             case "mark":
                 self.playback.mark_returned(int(message["mark"]["name"]), monotonic())
             case "dtmf" if (key := message["dtmf"]["digit"]) in list("0123456789*#"):
@@ -1311,9 +1310,10 @@ class LogQueue(QueueHandler):  # to a thread, because no call may wait for who r
 
 async def run(settings: Settings, hooks: Hooks) -> None:
     if settings.openai_realtime_url == Settings.openai_realtime_url and not settings.openai_api_key:
-        if "offline" not in hooks.files:
+        offline: Any = getattr(sys.modules.get("_hook_offline"), "OFFLINE_MODEL", None)
+        if not offline:
             raise ValueError("OPENAI_API_KEY is not set: give one, or copy the hooks folder too")
-        url = await sys.modules["_hook_offline"].OFFLINE_MODEL()
+        url = await offline()
         settings = replace(settings, openai_realtime_url=url, openai_realtime_model="offline-model")
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         limits: Any = importlib.import_module("resource")
