@@ -128,6 +128,7 @@ MEDIA = re.compile(
     rb'{"event":"media"[^{]*{"track":"inbound","chunk":"\d+","timestamp":"(\d{1,9})",'
     rb'"payload":"([a-zA-Z0-9+/]+={0,2})"'
 )
+APPEND = b'{"type":"input_audio_buffer.append","audio":"%b"}'  # of each frame, so without json
 CLOSING = re.compile(  # words that agree or take leave do not call a hang-up off
     "(?i)(?>はい|ええ|うん|いいえ|いえ|それでは|では|じゃあ|どうも|結構です|大丈夫です|ok|yes"
     "|わかりました|承知しました|ありがとう(?>ございま(?>す|した))?|お願い(?>し|いたし)ます"
@@ -198,8 +199,8 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if gap_ms:
             self.log.info("%d ms of the caller's audio are missing: filled with silence", gap_ms)
         if self.ready_at:
-            self.openai.put(b'{"type":"input_audio_buffer.append","audio":"' + payload + b'"}')
-        if self.speaking and (self.ending or self.left_s(now)):  # then each frame is listened to
+            self.openai.put(APPEND % payload)
+        if self.voice_counts(now):
             self.audio.listen(last=1, step=1, now=now)
             # A voice too quiet for our measure counts by OpenAI's, less its silence.
             spoken_ms = (now - self.speaking_at) * 1000 - self.bridge.vad_ms - 200
@@ -233,7 +234,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
                 if self.audio.dropped:
                     self.log.warning("%d ms of audio are lost", self.audio.dropped * 20)
                 for payload in self.audio.kept:
-                    self.to_openai("input_audio_buffer.append", audio=payload.decode())
+                    self.openai.put(APPEND % payload)
                 # OpenAI may find a turn in the audio that is kept, and respond to it by itself.
                 self.quiet_until = now + ASK_AGAIN_S if self.audio.turn else 0.0
                 if not self.stream_sid:
@@ -318,6 +319,9 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         if self.active and self.sounded and not self.cut:
             return math.inf
         return 0.0 if "" in self.playback.items else self.playback.left_s(now)
+
+    def voice_counts(self, now: float) -> bool:  # it may interrupt, or call an ending off
+        return self.speaking != "" and (self.ending != "" or self.left_s(now) > 0)
 
     def stop_sound(self, now: float, by: str = "voice") -> None:  # or "hook"; "model": a notice
         if self.active and not self.cut and by != "model":
@@ -603,7 +607,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
         while len(self.history) > 200:
             del self.history[next(iter(self.history))]
         audio.trim(needed=self.speaking != "" or not self.ready_at)
-        if not self.speaking or not (self.ending or self.left_s(now)):
+        if not self.voice_counts(now):  # else each frame was listened to
             audio.listen(last=10, step=5, now=now)
         # A deaf session sends no event, not even speech_started. So after a loud voice, 2 s of
         # quiet and no event, the bridge sends what every live session responds to.
@@ -874,7 +878,8 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
                 log.error("%s is slow: %d events were dropped", function.__module__, self.dropped)
 
     def handle(self, name: str, events: Any) -> None:  # one at a time, in the file's own thread
-        for event, job, call, loop in iter(events.get, None):
+        while True:
+            event, job, call, loop = events.get()
             try:
                 if inspect.iscoroutinefunction(job):
                     asyncio.run_coroutine_threadsafe(outcome(job), loop).result()
