@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
 from http import HTTPStatus
-from logging.handlers import QueueHandler, QueueListener
+from logging.handlers import QueueHandler
 from pathlib import Path
 from time import monotonic  # every `now` and `…_at` is in its seconds
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -135,6 +135,12 @@ CLOSING = re.compile(  # words that agree or take leave do not call a hang-up of
     "|よろしく|すみません|失礼(?>し|いたし)ま(?>す|した)|さよう?なら|おやすみなさい|thanks"
     "|(?>good)?bye|あ)++"
 )
+
+
+def to_beat_s() -> float:
+    """The s until the next quarter of a second. The ticks of all calls come then, and the threads
+    of hooks and log go on: to wake the process for each of them costs some 5 % of its CPU."""
+    return 0.25 - monotonic() % 0.25
 
 
 class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
@@ -596,7 +602,7 @@ class Call:  # what Twilio has, what OpenAI has, and what is owed to the caller
 
     def tick(self) -> None:  # four times a second: all that time alone brings about
         now, audio = monotonic(), self.audio
-        self.timer = self.loop.call_later(0.25, self.tick)
+        self.timer = self.loop.call_later(to_beat_s(), self.tick)
         if now - self.began_at > self.bridge.settings.max_call_seconds:
             self.end_when_heard("time limit", say(TIME_IS_UP), final=True)
         if self.speaking and (gap_s := now - audio.frame_at) > STALL_S:
@@ -888,7 +894,7 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
             except BaseException:
                 log.exception("%s: %s failed", name, event, extra={"call": call.sid})
             if events.empty():
-                time.sleep(0.1)  # to be woken for each event would cost 5 % of the bridge's CPU
+                time.sleep(to_beat_s())
 
     def close(self, limit_s: float) -> None:  # waits for events that are still to be handled
         until, handled = monotonic() + limit_s, threading.Semaphore(0)
@@ -1003,7 +1009,7 @@ class Bridge:  # what the calls of this process share
     def connect(self) -> Any:
         key = self.settings.openai_api_key
         how: Object = {"additional_headers": {"Authorization": f"Bearer {key}"} if key else {}}
-        how |= {"ping_interval": 5, "ping_timeout": 5, "close_timeout": 1, "max_size": 2 << 20}
+        how |= {"close_timeout": 1, "max_size": 2 << 20}
         how |= {"ssl": self.tls, "proxy": None, "compression": None}
         return connect(self.url, create_connection=CONNECTIONS["openai"], **how)
 
@@ -1165,7 +1171,7 @@ class Wire(Connection):
 
     handle: Any = None  # a function of a message's text
     unreadable, most_unreadable = 0, MAX_UNREADABLE
-    masks, head = False, b"\x81\x7e"  # of what it sends, because only a client masks
+    masks = False  # what it sends, because only a client does
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -1206,7 +1212,7 @@ class Wire(Connection):
 
 
 class OpenAIConnection(Wire, ClientConnection):
-    masks, head = True, b"\x81\xfe"
+    masks = True
 
 
 class TwilioConnection(Wire, ServerConnection):
@@ -1303,14 +1309,26 @@ def read_settings(env: Mapping[str, str]) -> Settings:  # ValueError: the variab
 class LogQueue(QueueHandler):  # to a thread, because no call may wait for who reads the log
     dropped = 0
 
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def prepare(self, record: logging.LogRecord) -> str:
+        return self.format(record)
+
+    def enqueue(self, text: Any) -> None:
         if self.dropped and self.queue.empty():
             lost, self.dropped = self.dropped, 0
             log.warning("%d log lines were dropped: nobody read them", lost)
-        if self.queue.full():
-            self.dropped += 1
+        if self.queue.qsize() < MAX_WAITING:
+            self.queue.put(text)
         else:
-            self.queue.put(record)
+            self.dropped += 1
+
+    def write(self) -> None:  # the thread; None is the end
+        texts = list[str | None]()
+        while None not in texts:
+            texts = [self.queue.get()]
+            time.sleep(to_beat_s())
+            texts += [self.queue.get() for _ in range(self.queue.qsize())]
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write("".join(f"{text}\n" for text in texts if text))
 
 
 async def run(settings: Settings, hooks: Hooks) -> None:
@@ -1338,7 +1356,7 @@ async def run(settings: Settings, hooks: Hooks) -> None:
     gc.freeze()  # what the start has made stays, and a call's objects die by their references:
     gc.set_threshold(20_000, 20, 20)  # looking for cycles less often saves a tenth of the CPU
     while not stops:  # noqa: ASYNC110 - a signal's handler wakes no loop
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(to_beat_s())
     log.info("stopping when %d calls have ended; a second signal ends them", len(bridge.calls))
     bridge.draining, goodbye_at, now = True, stops[0] + settings.drain_seconds, stops[0]
     end_at = goodbye_at + DRAIN_GOODBYE_S
@@ -1356,12 +1374,11 @@ async def run(settings: Settings, hooks: Hooks) -> None:
 
 
 def main() -> int:
-    here, status, lines = Path(__file__).parent, 0, queue.Queue[Any](MAX_WAITING)
-    handler = LogQueue(lines)
+    here, status, handler = Path(__file__).parent, 0, LogQueue(queue.SimpleQueue())
     text = "%(asctime)s %(levelname)s %(name)s %(call)s %(message)s"
     handler.setFormatter(logging.Formatter(text, defaults={"call": "-"}))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    QueueListener(lines, logging.StreamHandler()).start()
+    (writer := threading.Thread(target=handler.write, daemon=True)).start()
     logging.getLogger("websockets").setLevel(logging.ERROR)
     line = r"""(?m)^ *(?:export +)?(\w+) *= *(?:"([^"\n]*)"|'([^'\n]*)'|(.*?)) *(?:(?<= )#.*)?$"""
     try:
@@ -1374,8 +1391,8 @@ def main() -> int:
     except (OSError, ValueError, SystemExit) as exc:
         status, why = (1, "cannot start (is PORT free?): ") if isinstance(exc, OSError) else (2, "")
         log.error("%s%s", why, exc)
-    threading.Timer(1, os._exit, [status]).start()  # s; what nobody reads is left
-    lines.join()
+    handler.queue.put(None)
+    writer.join(1)  # s; what nobody reads is left
     return status
 
 
@@ -1402,6 +1419,9 @@ class FastWire(Wire):
                 super().data_received(part)
             self.kept += b"".join(parts)
             return
+        size = len(data) > 3 and data[2] << 8 | data[3]  # nearly always this is one message:
+        if len(data) == 8 + size and data[:2] == b"\x81\xfe" and not (self.masks or self.kept):
+            return self.attempt(apply_mask(data[8:], data[4:8]))
         mask_bit, mask_size = (0, 0) if self.masks else (0x80, 4)  # of the other side's frames
         at, end = 0, len(data := self.kept + data)
         while end - at > 1:
@@ -1422,18 +1442,18 @@ class FastWire(Wire):
         self.kept = data[at:]
 
     def put(self, *texts: bytes) -> None:
-        frames, is_open = b"", self.protocol.state is self.OPEN
+        frames = b""
         for text in texts:
             data = text.ljust(126)  # JSON may end in spaces: so each length has two bytes
-            if (size := len(data)) > 0xFFFF or not is_open:
+            if (size := len(data)) > 0xFFFF or self.protocol.state is not self.OPEN:
                 return super().put(*texts)
-            frames += self.head + size.to_bytes(2)
             if self.masks:
                 if not MASKS:
                     MASKS.extend(re.findall(b"(?s)....", os.urandom(4096)))
-                frames += (mask := MASKS.pop())
-                data = apply_mask(data, mask)
-            frames += data
+                mask = MASKS.pop()
+                frames += b"\x81\xfe" + size.to_bytes(2) + mask + apply_mask(data, mask)
+            else:
+                frames += b"\x81\x7e" + size.to_bytes(2) + data
         self.transport.write(frames)
 
 

@@ -1252,8 +1252,7 @@ class Twilio:
         form = {"CallSid": self.sid, "From": CALLER, "To": CALLED, "CallStatus": "ringing"} | more
         form = {name: value for name, value in form.items() if value}
         headers = self.signature(self.base + path, form) | self.host
-        path = urlsplit(self.base).path * (not self.port) + path
-        where = self.port or self.base
+        path, where = urlsplit(self.base).path * (not self.port) + path, self.port or self.base
         status, _, text = await ask(where, request("POST", path, urlencode(form), **headers))
         assert status == 200, (status, text)
         if (stream := ElementTree.fromstring(text).find("Connect/Stream")) is not None:
@@ -1818,8 +1817,7 @@ async def test_webhook(caplog: pytest.LogCaptureFixture) -> None:
         assert twilio.parameters["token"] != first["token"]
         twilio.parameters = first  # either token is good
         await twilio.opens()
-        session = await line.openai.session()
-        text = await line.caller().post()
+        session, text = await line.openai.session(), await line.caller().post()
         assert "混み合って" in text and "おかけ直し" in text and "<Stream" not in text
         await session.is_heard_by(twilio)  # nobody in a call is disturbed
         assert "<Stream" in await twilio.post() and len(line.openai.asked) == 1
@@ -1931,8 +1929,7 @@ async def test_junk(who: str, caplog: pytest.LogCaptureFixture) -> None:
 
 # ── /twilio/next ────────────────────────────────────────────────────────────────────────────────
 
-NO_ANSWER = {"DialCallStatus": "no-answer", **IN_PROGRESS}
-COMPLETED = {"CallStatus": "completed"}
+NO_ANSWER, COMPLETED = {"DialCallStatus": "no-answer", **IN_PROGRESS}, {"CallStatus": "completed"}
 NEXT = [  # how the call ended, what is asked one after the other, the verbs of the last TwiML
     ("hang_up", [IN_PROGRESS] * 2, "Hangup"),
     ("caller", [COMPLETED], "Hangup"),
@@ -2143,6 +2140,12 @@ async def test_cut_frames() -> None:
             piece = sound(20) if wire is at_twilio else b"\xfe\xff"
             came = (lambda: session.heard) if wire is at_twilio else (lambda: twilio.sent)
             await until(lambda: came() == piece * len(data))  # noqa: B023
+        inner = frame(0x81, twilio.media(sound(20, 9)).encode())
+        around = frame(0x81, b"x" * len(inner))[: -len(inner)]  # so `inner` is no message
+        for wire, data in ((at_twilio, around), (at_twilio, inner), (at_openai, inner)):
+            wire.data_received(data)
+        assert at_twilio.unreadable == 1 and sound(20, 9) not in session.heard
+        assert at_openai.state is not bridge.State.OPEN  # OpenAI does not mask
 
 
 async def test_handshake_in_pieces() -> None:
@@ -2225,8 +2228,7 @@ async def test_unread_bytes(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bridge.MAX_UNSENT <= 8 << 20
     monkeypatch.setattr(bridge, "MAX_UNSENT", 100_000)
     async with a_call() as (line, twilio, session):
-        call = line.hooks.calls[0]
-        is_model = who == "model"
+        call, is_model = line.hooks.calls[0], who == "model"
         wire = stops_reading(*((session, call.openai) if is_model else (twilio, call.twilio)))
         for _ in range(99):
             if who == "caller":
@@ -2291,8 +2293,7 @@ OPENAI_REALTIME_URL wss://a.example?model=gpt-live-1 http://a.example?api_key=sk
 def test_settings() -> None:
     """A setting is read from the variable of its name; an empty one is its default or a choice."""
     for env, settings in SETTINGS:
-        read = bridge.read_settings(env)
-        assert {name: getattr(read, name) for name in settings} == settings
+        assert settings.items() <= vars(bridge.read_settings(env)).items()
 
 
 @pytest.mark.parametrize("wrong", WRONG_SETTINGS.strip().split("\n"))
@@ -2410,9 +2411,8 @@ async def test_more_signals(signals: int, hook_s: str, within_s: float, tmp_path
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT)[:signals]:
             assert line.process.returncode is None
             line.signal(number)
-            await asyncio.sleep(0.1)
-        status = await asyncio.wait_for(line.process.wait(), within_s)
-        assert (status == 0) == (signals == 2)
+            await asyncio.sleep(0.3)
+        assert (await asyncio.wait_for(line.process.wait(), within_s) == 0) == (signals == 2)
         await says(line, "ended: shutdown" if signals == 2 else "stopping")
 
 

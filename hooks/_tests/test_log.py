@@ -174,7 +174,7 @@ NUMBERS = [
     ("+81 90 1234 5678", "+** ** **** 5678"),
     ("gpt-realtime 2026-11-23 0.0123456789 item_0123456789", None),
     ("sk-very-secret and 0123456789abcdef or fedcba9876543210", "*** and *** or ***"),
-    (f"token 1790000000.{'b2' * 8}.{'a1' * 32}", "token ***"),
+    (f"token 1790000000.{'b2' * 8}.{'a1' * 32}", "token 1790000000***"),
     ('secret "quoted\\', "secret ***"),
 ]
 
