@@ -138,8 +138,8 @@ CLOSING = re.compile(  # words that agree or take leave do not call a hang-up of
 
 
 def to_beat_s() -> float:
-    """The s until the next quarter of a second. The ticks of all calls come then, and the threads
-    of hooks and log go on: to wake the process for each of them costs some 5 % of its CPU."""
+    """The s until the next quarter of a second. The ticks of all calls come then, because one
+    wake-up that serves several costs less: 3 % of the bridge's CPU."""
     return 0.25 - monotonic() % 0.25
 
 
@@ -894,7 +894,7 @@ class Hooks:  # a folder's files: all, or those of `names`. A file's SystemExit 
             except BaseException:
                 log.exception("%s: %s failed", name, event, extra={"call": call.sid})
             if events.empty():
-                time.sleep(to_beat_s())
+                time.sleep(0.1)  # to wake it for each event costs 5 % of the CPU
 
     def close(self, limit_s: float) -> None:  # waits for events that are still to be handled
         until, handled = monotonic() + limit_s, threading.Semaphore(0)
@@ -1325,7 +1325,7 @@ class LogQueue(QueueHandler):  # to a thread, because no call may wait for who r
         texts = list[str | None]()
         while None not in texts:
             texts = [self.queue.get()]
-            time.sleep(to_beat_s())
+            time.sleep(0.01)  # hooks log several lines at once
             texts += [self.queue.get() for _ in range(self.queue.qsize())]
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write("".join(f"{text}\n" for text in texts if text))
