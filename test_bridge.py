@@ -598,9 +598,10 @@ def test_kept_audio() -> None:
     audio.turn = kept(1000, needed=True)[0]
     assert kept(100) == (1150, 1050, 0)  # the turn is over, but neither known in words nor answered
     audio.forget_turn()
-    assert kept(3050, needed=True) == (3000, 0, 150)
+    assert kept(0) == (50, 0, 0)
+    assert kept(3050, needed=True) == (3000, 0, 100)
     audio.turn = 500
-    assert kept(250, needed=True) == (3000, 250, 400)
+    assert kept(250, needed=True) == (3000, 250, 350)
     audio.forget_turn()
     assert kept(0, needed=True) == (2750, 0, 0)
 
@@ -1165,8 +1166,7 @@ def mutated(text: str, chance: random.Random) -> list[str]:
 async def mutated_call(chance: random.Random) -> None:
     """The conversation with some of its messages mutated."""
     barge_in_ms, marks = chance.choice((400, 0, OFF)), chance.random() < 0.9
-    scene = Scene(opening="open", marks=marks, barge_in_ms=barge_in_ms)
-    whole = FakeWire.feed
+    scene, whole = Scene(opening="open", marks=marks, barge_in_ms=barge_in_ms), FakeWire.feed
 
     def feed(wire: FakeWire, message: Object | str) -> None:
         text = message if isinstance(message, str) else json.dumps(message)
@@ -2409,9 +2409,9 @@ async def test_more_signals(signals: int, hook_s: str, within_s: float, tmp_path
         line.idle = await asyncio.open_connection("127.0.0.1", line.port)  # as browsers do
         await says(line, "begun")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT)[:signals]:
+            await asyncio.sleep(0.3)
             assert line.process.returncode is None
             line.signal(number)
-            await asyncio.sleep(0.3)
         assert (await asyncio.wait_for(line.process.wait(), within_s) == 0) == (signals == 2)
         await says(line, "ended: shutdown" if signals == 2 else "stopping")
 

@@ -50,7 +50,7 @@ for name, value in os.environ.items():
         for secret in value.split(","):
             if len(secret) >= 8:  # a shorter one may be a plain word
                 SECRETS |= {re.escape(secret), re.escape(json.dumps(secret)[1:-1])}
-SECRET = re.compile("|".join(SECRETS))
+SECRET = re.compile("|".join(sorted(SECRETS, key=len, reverse=True)))  # one may begin another
 
 
 # One handler for each event, because each piece of the model's words would wake `any_event` as

@@ -176,6 +176,7 @@ NUMBERS = [
     ("sk-very-secret and 0123456789abcdef or fedcba9876543210", "*** and *** or ***"),
     (f"token 1790000000.{'b2' * 8}.{'a1' * 32}", "token 1790000000***"),
     ('secret "quoted\\', "secret ***"),
+    ("sk-very-secret-too", "***"),
 ]
 
 
@@ -188,6 +189,7 @@ async def test_masking(
     monkeypatch.setenv("SOME_PASSWORD", '"quoted\\')
     secrets = {
         "OPENAI_API_KEY": "sk-very-secret",
+        "OTHER_KEY": "sk-very-secret-too",
         "TWILIO_AUTH_TOKEN": "0123456789abcdef,fedcba9876543210",
     }
     said = ("caller_said", {"item": "c", "text": text})
