@@ -177,6 +177,7 @@ NUMBERS = [
     (f"token 1790000000.{'b2' * 8}.{'a1' * 32}", "token 1790000000***"),
     ('secret "quoted\\', "secret ***"),
     ("sk-very-secret-too", "***"),
+    (f"n+81312345678 and n.{'b2' * 8}.{'a1' * 32}", None),
 ]
 
 
