@@ -1353,6 +1353,7 @@ async def run(settings: Settings, hooks: Hooks) -> None:
     log.info("%sthe webhook is POST %s/twilio/voice", hint, base)
     if not (bridge.validators and settings.public_base_url):
         log.info("only this computer may call: TWILIO_AUTH_TOKEN or PUBLIC_BASE_URL is not set")
+    sys.setswitchinterval(0.0005)  # s; was 5 ms: so long may a hook that computes hold us up
     gc.freeze()  # what the start has made stays, and a call's objects die by their references:
     gc.set_threshold(20_000, 20, 20)  # looking for cycles less often saves a tenth of the CPU
     while not stops:  # noqa: ASYNC110 - a signal's handler wakes no loop
