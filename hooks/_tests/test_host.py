@@ -16,6 +16,7 @@ import pytest
 from conftest import until  # which also finds bridge.py
 
 import bridge
+from test_bridge import a_bridge
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -156,6 +157,28 @@ async def test_blocked_hook(host: Host, caplog: pytest.LogCaptureFixture) -> Non
     assert time.monotonic() - began < 0.5
     sys.modules["_hook_slow"].go.set()
     await until(lambda: host.call.did[-1] == "end")
+
+
+async def test_computing_hook() -> None:
+    """Beside a hook that computes, each step of the loop is held up for less than 4 ms."""
+    done = threading.Event()
+
+    def compute() -> None:
+        while not done.is_set():
+            pass
+
+    async with a_bridge():
+        threading.Thread(target=compute).start()
+        try:
+            for _ in range(9):  # the machine itself may be late
+                began = time.monotonic()
+                for _ in range(20):
+                    await asyncio.sleep(0.001)
+                if (took_s := time.monotonic() - began) < 20 * 0.004:
+                    break
+            assert took_s < 20 * 0.004
+        finally:
+            done.set()
 
 
 async def test_order_and_threads(host: Host) -> None:
